@@ -1,0 +1,141 @@
+"""The result of discovery: every family of coupled groups of a model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .explanation import Explanation, explain_group
+from .families import GroupFamily, Removal, UnknownFamilyError
+from .grouping import build_families, layer_list
+from .tracing import meta_copy, run
+from .zeroing import NormIndex, norm_indices, zero_groups
+
+
+@dataclass(frozen=True, eq=False)
+class DependencyMap:
+    """Families of coupled slices, found by one symbolic run.
+
+    Attributes:
+        families: in the order in which the model uses them.
+        shapes: shape of every parameter and buffer.
+        aliases: other names of tied parameters → the name used in the slices.
+        num_layers: number of decoder layers.
+        without_rule: operators without a rule that touched labels → modules that called them.
+    """
+
+    families: tuple[GroupFamily, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    num_layers: int
+    without_rule: Mapping[str, tuple[str, ...]]
+    norms: tuple[NormIndex, ...] = ()
+    _model: nn.Module | None = field(default=None, repr=False)
+    _inputs: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def family(self, name: str) -> GroupFamily:
+        """The family of that name; UnknownFamilyError lists near names."""
+        for family in self.families:
+            if family.name == name:
+                return family
+        names = [f.name for f in self.families]
+        near = difflib.get_close_matches(name, names, n=3) or names[:5]
+        raise UnknownFamilyError(f"no family {name!r} among {len(names)}; did you mean {', '.join(near)}?")
+
+    def select(
+        self,
+        kind: str | Iterable[str] | None = None,
+        layers: int | Iterable[int] | None = None,
+        cuttable: bool = True,
+    ) -> tuple[GroupFamily, ...]:
+        """Families of a kind (or several) in given layers, only those that may be cut by default."""
+        kinds = None if kind is None else {kind} if isinstance(kind, str) else set(kind)
+        wanted = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        return tuple(
+            f
+            for f in self.families
+            if (kinds is None or f.kind in kinds)
+            and (wanted is None or f.layer in wanted)
+            and (f.cuttable or not cuttable)
+        )
+
+    def explain(self, parameter: str, dim: int, index: int) -> Explanation:
+        """The group that one index of one parameter belongs to, and why each slice is tied to it."""
+        return explain_group(self, parameter, dim, index)
+
+    def zero(self, model: nn.Module, removal: Removal) -> nn.Module:
+        """A copy of ``model`` with those groups zeroed and nothing cut: the oracle for ``prune``.
+
+        Where a norm averages over removed channels, the copy averages over what remains.
+        """
+        return zero_groups(self, model, removal)
+
+    def __str__(self) -> str:
+        total = sum(f.size for f in self.families)
+        lines = [f"DependencyMap: {self.num_layers} layers, {len(self.families)} families, {total} groups"]
+        lines += [f"  {row}" for row in self._rows()]
+        for operator, modules in self.without_rule.items():
+            lines.append(f"  no rule for {operator} (called in {', '.join(sorted(modules)[:3])}): labels blocked")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _rows(self) -> list[str]:
+        rows: dict[tuple[str, int, str], list[GroupFamily]] = {}
+        for f in self.families:
+            rows.setdefault((f.kind, f.size, f.blocked or ""), []).append(f)
+        lines = []
+        for (kind, size, blocked), members in rows.items():
+            times = f"{len(members)} × {size:>6,}" if len(members) > 1 else f"    {size:>6,}"
+            where = sorted({f.layer for f in members if f.layer is not None})
+            layers = f"layers {where[0]}–{where[-1]}" if len(where) > 1 else "" if not where else f"layer {where[0]}"
+            lines.append(f"{kind:<15} {times:>12}  {layers:<13} {'blocked: ' + blocked if blocked else ''}".rstrip())
+        return lines[:40] + ([f"… and {len(lines) - 40} more rows"] if len(lines) > 40 else [])
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        body = "".join(f"<tr><td><pre style='margin:0'>{escape(row)}</pre></td></tr>" for row in self._rows())
+        return f"<table><caption>{escape(str(self).splitlines()[0])}</caption>{body}</table>"
+
+
+def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = None) -> DependencyMap:
+    """Find every set of parameter slices that must be removed together.
+
+    The model runs once on the meta device (no weights, no data); each operator says how labels flow
+    through it, and slices whose labels are equal belong together. Nothing is known of any particular
+    architecture. The model is not changed.
+
+    Args:
+        model: a causal language model, or any module; weights may be on the meta device.
+        example_inputs: keyword arguments of one forward call, when token ids alone do not do.
+
+    Raises:
+        DiscoveryError: the model cannot be run on the meta device.
+    """
+    skeleton = meta_copy(model)
+    trace, labels = run(skeleton, example_inputs)
+    families = build_families(trace, labels, skeleton)
+    norms = norm_indices(trace, families, labels)
+    families = [
+        GroupFamily(**{**vars(f), "normed_by": tuple(n.module for n in norms if n.family == f.name)})
+        for f in families
+    ]
+    names = {id(p): name for name, p in skeleton.named_parameters()}
+    aliases = {
+        name: names[id(p)]
+        for name, p in skeleton.named_parameters(remove_duplicate=False)
+        if names[id(p)] != name
+    }
+    shapes = {name: tuple(t.shape) for name, t in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
+    without = {op: tuple(sorted(where)) for op, where in trace.without_rule.items()}
+    _, count = layer_list(skeleton)
+    return DependencyMap(
+        tuple(families), shapes, aliases, count, without, tuple(norms), skeleton, example_inputs
+    )
+
+

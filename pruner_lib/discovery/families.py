@@ -1,0 +1,88 @@
+"""The nouns of discovery: coupled slices, families of groups, and the map that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+KINDS = (
+    "attention_head",
+    "query_head",
+    "mlp_neuron",
+    "hidden_channel",
+    "qk_channel",
+    "value_channel",
+    "expert",
+    "vocabulary",
+    "position",
+    "other",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledSlice:
+    """The part of one parameter that belongs to the groups of a family.
+
+    ``index[i]`` lists the indices of dimension ``dim`` that go when group ``i`` goes. With two
+    heads of three channels, ``q_proj.weight`` has ``dim=0`` and ``index=[[0, 1, 2], [3, 4, 5]]``.
+
+    Attributes:
+        parameter: name as in ``model.named_parameters()`` or ``model.named_buffers()``.
+        dim: the dimension that is cut.
+        index: integer array ``[size, k]``.
+    """
+
+    parameter: str
+    dim: int
+    index: np.ndarray
+
+    def of(self, groups: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Sorted indices of ``dim`` that belong to any of ``groups``."""
+        return np.unique(self.index[np.asarray(groups, dtype=np.int64)])
+
+
+@dataclass(frozen=True, eq=False)
+class GroupFamily:
+    """All groups that repeat one coupling pattern over an index: the MLP neurons of layer 5.
+
+    Attributes:
+        name: unique in its map, for example ``"layers.5.mlp_neuron"``.
+        kind: what one group is; one of :data:`KINDS`.
+        layer: decoder layer counted from 0, or None when the family spans layers.
+        size: number of groups.
+        slices: the coupled slices, in the order in which the model uses them; the last one
+            belongs to the layer that reads the group last (``down_proj``, ``o_proj``).
+        blocked: why the family must not or cannot be cut, or None.
+        normed_by: modules whose norm averages over the family's own channels.
+        partition: for query heads, the KV group of each; every part must keep the same number.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    size: int
+    slices: tuple[CoupledSlice, ...]
+    blocked: str | None = None
+    normed_by: tuple[str, ...] = ()
+    partition: np.ndarray | None = None
+
+    @property
+    def cuttable(self) -> bool:
+        return self.blocked is None
+
+    def __repr__(self) -> str:
+        where = f", layer {self.layer}" if self.layer is not None else ""
+        state = f", blocked: {self.blocked}" if self.blocked else ""
+        return f"GroupFamily({self.name}: {self.size} × {self.kind}{where}{state})"
+
+
+Removal = Mapping[str, Sequence[int]]
+
+
+class UnknownFamilyError(KeyError):
+    """A family name that the map does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

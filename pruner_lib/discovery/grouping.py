@@ -1,0 +1,268 @@
+"""From labels to families: which indices share a class, what they are for, and what blocks them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from .families import CoupledSlice, GroupFamily
+from .state import Dim, Trace
+
+ROLES = ("batched", "slot", "attended", "mixed", "token", "place", "embedded", "added", "returned", "read", "written")
+
+
+@dataclass(frozen=True, eq=False)
+class Incidence:
+    """Which leaf classes occur where: one row per (axis pattern, index, leaf)."""
+
+    pattern: np.ndarray  # id of the distinct label array
+    index: np.ndarray
+    leaf: np.ndarray
+    path: np.ndarray  # position in the term: 1 itself, 2p and 2p+1 the parts of p
+    axes: list[list[tuple[str, int]]]  # per pattern, the (parameter, dimension) that carry it
+    cyclic: np.ndarray
+
+
+def incidences(trace: Trace, labels: Mapping[str, Sequence[Dim]]) -> Incidence:
+    """Unfold every labelled parameter dimension into leaf classes; equal patterns only once."""
+    axes: dict[bytes, list[tuple[str, int]]] = {}
+    arrays: list[np.ndarray] = []
+    for name, dims in labels.items():
+        for dim, terms in enumerate(dims):
+            if isinstance(terms, np.ndarray):
+                roots = trace.store.find(terms)
+                known = axes.setdefault(roots.tobytes(), [])
+                if not known:
+                    arrays.append(roots)
+                known.append((name, dim))
+    sizes = [len(a) for a in arrays]
+    row, leaf, path, cyclic = trace.store.leaves(np.concatenate(arrays) if arrays else np.zeros(0, np.int32))
+    pattern = np.repeat(np.arange(len(arrays)), sizes)
+    index = np.concatenate([np.arange(n) for n in sizes]) if sizes else np.zeros(0, np.int64)
+    return Incidence(pattern[row], index[row], leaf, path, list(axes.values()), cyclic)
+
+
+def _mix(*columns: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each row (splitmix64 over the columns)."""
+    value = np.zeros(len(columns[0]), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for column in columns:
+            value = value ^ (column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+            value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            value = value ^ (value >> np.uint64(31))
+    return value
+
+
+def signatures(found: Incidence, extra: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(leaves, signature)``: leaves with equal signatures repeat one coupling pattern.
+
+    ``extra`` maps a leaf class to a number that must agree too (what blocks it, what it is for).
+    """
+    order = np.lexsort((found.path, found.pattern, found.leaf))
+    leaf, pattern, path = found.leaf[order], found.pattern[order], found.path[order]
+    new = np.ones(len(leaf), dtype=bool)
+    new[1:] = (leaf[1:] != leaf[:-1]) | (pattern[1:] != pattern[:-1]) | (path[1:] != path[:-1])
+    start = np.flatnonzero(new)
+    count = np.diff(np.append(start, len(leaf)))
+    hashes = _mix(pattern[start], path[start], count)
+    leaves, first = np.unique(leaf[start], return_index=True)
+    with np.errstate(over="ignore"):
+        total = np.add.reduceat(hashes, first) if len(first) else hashes
+    return leaves, _mix(total, extra[leaves])
+
+
+def role_flags(trace: Trace) -> dict[str, np.ndarray]:
+    """Per role, which classes play it; a head that is a pair passes the role to its parts."""
+    flags = {role: np.zeros(len(trace.store), dtype=bool) for role in ROLES}
+    for event in trace.events:
+        if event.role in flags:
+            flags[event.role][trace.store.find(event.labels)] = True
+    table = trace.store.pairs()
+    for _ in range(4):
+        heads = table[flags["batched"][table[:, 0]]]
+        flags["batched"][heads[:, 1]] = True
+        flags["slot"][heads[:, 2]] = True
+    return flags
+
+
+def block_reasons(trace: Trace, cyclic: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Per class the number of its reason (0: free), and the reasons; a pair passes it to its parts."""
+    reasons = ["", "its labels contain themselves: an index pattern that has no finite description",
+               "split in two ways that have no common refinement"]
+    code = np.zeros(len(trace.store), dtype=np.int64)
+    numbers: dict[str, int] = {}
+    for terms, reason in trace.blocks:
+        number = numbers.setdefault(reason, len(numbers) + len(("", "", "")))
+        roots = trace.store.find(terms)
+        code[roots[code[roots] == 0]] = number
+    reasons += list(numbers)
+    code[cyclic] = 1
+    for terms in trace.store.incompatible:
+        code[trace.store.find(terms)] = 2
+    table = trace.store.pairs()
+    for _ in range(6):
+        blocked = table[code[table[:, 0]] > 0]
+        for part in (blocked[:, 1], blocked[:, 2]):
+            free = code[part] == 0
+            code[part[free]] = code[blocked[free, 0]]
+    return code, reasons
+
+
+def kind_of(leaf: int, flags: Mapping[str, np.ndarray]) -> str:
+    """What a leaf class is, from what the operators did with it."""
+    is_ = {role: bool(flag[leaf]) for role, flag in flags.items()}
+    if is_["token"] or (is_["returned"] and not is_["added"] and not is_["embedded"]):
+        return "vocabulary"
+    if is_["place"]:
+        return "position"
+    if is_["batched"]:
+        return "attention_head"
+    if is_["slot"]:
+        return "query_head"
+    if is_["attended"]:
+        return "qk_channel"
+    if is_["mixed"]:
+        return "value_channel"
+    if is_["embedded"] or is_["added"]:
+        return "hidden_channel"
+    if is_["read"] and is_["written"]:
+        return "mlp_neuron"
+    return "other"
+
+
+def layer_list(model: nn.Module) -> tuple[str, int]:
+    """Path and length of the list of decoder layers: the module list with the most parameters."""
+    best, weight = ("", 0), -1
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
+            size = sum(p.numel() for p in module.parameters())
+            if size > weight:
+                best, weight = (name, len(module)), size
+    return best
+
+
+def layer_of(parameters: Iterable[str], path: str) -> int | None:
+    """The one decoder layer that all parameters lie in, or None."""
+    layers = set()
+    for name in parameters:
+        if not name.startswith(path + "."):
+            return None
+        layers.add(int(name[len(path) + 1 :].split(".")[0]))
+    return layers.pop() if len(layers) == 1 else None
+
+
+def slices_of(found: Incidence, chosen: np.ndarray, keys: np.ndarray, used: Mapping[str, int]):
+    """Coupled slices of a family: ``chosen`` rows of the incidence, ``keys`` the group of each row."""
+    slices = []
+    for pattern in np.unique(found.pattern[chosen]):
+        rows = found.pattern[chosen] == pattern
+        index, key = found.index[chosen][rows], keys[rows]
+        order = np.lexsort((index, key))
+        width = len(index) // len(np.unique(key))
+        table = index[order].reshape(-1, width)
+        slices += [CoupledSlice(name, dim, table) for name, dim in found.axes[pattern]]
+    last = len(used)
+    return tuple(sorted(slices, key=lambda s: (used.get(s.parameter, last), s.dim)))
+
+
+def _groups(leaves: np.ndarray, signature: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(signature, kind="stable")
+    cuts = np.flatnonzero(np.diff(signature[order].astype(np.uint64)) != 0) + 1
+    return [np.sort(part) for part in np.split(leaves[order], cuts)] if len(leaves) else []
+
+
+def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.Module) -> list[GroupFamily]:
+    """All families of a traced model, in the order in which the model uses them."""
+    trace.store.close()
+    found = incidences(trace, labels)
+    code, reasons = block_reasons(trace, found.cyclic)
+    flags = role_flags(trace)
+    roles = sum((flag.astype(np.int64) << k) for k, flag in enumerate(flags.values()))
+    leaves, signature = signatures(found, code + (roles << 32))
+    path, _ = layer_list(model)
+    by_leaf = np.argsort(found.leaf, kind="stable")
+    ordered = found.leaf[by_leaf]
+    families = []
+    for members in _groups(leaves, signature):
+        spans = [by_leaf[np.searchsorted(ordered, m) : np.searchsorted(ordered, m, "right")] for m in members]
+        chosen = np.concatenate(spans)
+        kind = kind_of(int(members[0]), flags)
+        blocked = reasons[code[members[0]]] or None
+        keys, partition = found.leaf[chosen], None
+        if kind == "query_head":
+            keys, partition = _with_sibling(found, chosen)
+            if partition is None:
+                blocked = blocked or "the same query slot is used outside its key-value head"
+            elif code[partition].any():
+                blocked = blocked or reasons[code[partition][code[partition] > 0][0]]
+        keys, partition = _rank(found, chosen, keys, partition)
+        slices = slices_of(found, chosen, keys, trace.used)
+        layer = layer_of({s.parameter for s in slices}, path)
+        families.append(GroupFamily("", kind, layer, len(np.unique(keys)), slices, blocked, (), partition))
+    families = [_without_own_size(f, families) for f in families]
+    return _named(sorted(families, key=lambda f: _first_use(f, trace.used)))
+
+
+def _first_use(family: GroupFamily, used: Mapping[str, int]) -> tuple[int, int, str]:
+    layer = -1 if family.layer is None else family.layer
+    return layer, min(used.get(s.parameter, len(used)) for s in family.slices), family.kind
+
+
+def _with_sibling(found: Incidence, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Key each row by (KV head, query slot): query heads are independent inside each KV head."""
+    wanted = {}
+    patterns = np.unique(found.pattern[chosen])
+    rows = np.flatnonzero(np.isin(found.pattern, patterns))
+    for r in rows:
+        wanted[int(found.pattern[r]), int(found.index[r]), int(found.path[r])] = int(found.leaf[r])
+    left = [wanted.get((int(found.pattern[r]), int(found.index[r]), int(found.path[r]) ^ 1), -1) for r in chosen]
+    siblings = np.array(left, dtype=np.int64)
+    if (siblings < 0).any() or (found.path[chosen] % 2 == 0).any():
+        return found.leaf[chosen].astype(np.int64), None
+    return siblings * (1 << 32) + found.leaf[chosen], siblings
+
+
+def _rank(found, chosen, keys, partition):
+    """Number groups by the smallest index they hold in their first pattern."""
+    first = found.pattern[chosen] == found.pattern[chosen].min()
+    order = np.lexsort((found.index[chosen][first], keys[first]))
+    unique, start = np.unique(keys[first][order], return_index=True)
+    lowest = found.index[chosen][first][order][start]
+    rank = np.empty(len(unique), dtype=np.int64)
+    rank[np.argsort(lowest, kind="stable")] = np.arange(len(unique))
+    numbers = rank[np.searchsorted(unique, keys)]
+    if partition is None:
+        return numbers, None
+    owner = np.zeros(len(unique), dtype=np.int64)
+    owner[numbers] = partition
+    _, compact = np.unique(owner, return_inverse=True)
+    return numbers, compact
+
+
+def _without_own_size(family: GroupFamily, families: Sequence[GroupFamily]) -> GroupFamily:
+    """Block value and QK channels where one head size serves query, key and value."""
+    if family.blocked or family.kind not in ("qk_channel", "value_channel"):
+        return family
+    other = "value_channel" if family.kind == "qk_channel" else "qk_channel"
+    mine = {s.parameter.rsplit(".", 2)[0] for s in family.slices}
+    for rival in families:
+        near = {s.parameter.rsplit(".", 2)[0] for s in rival.slices}
+        if rival.kind == other and mine & near:
+            reason = "one head size serves query, key and value, so the code cannot say a size of its own"
+            return GroupFamily(**{**vars(family), "blocked": reason})
+    return family
+
+
+def _named(families: Sequence[GroupFamily]) -> list[GroupFamily]:
+    seen: dict[str, int] = {}
+    named = []
+    for family in families:
+        base = family.kind if family.layer is None else f"layers.{family.layer}.{family.kind}"
+        seen[base] = seen.get(base, 0) + 1
+        name = base if seen[base] == 1 else f"{base}.{seen[base]}"
+        named.append(GroupFamily(**{**vars(family), "name": name}))
+    return named

@@ -1,0 +1,213 @@
+"""One symbolic run of a model on the meta device, with labels flowing through every operator."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import rules_math, rules_shape
+from .state import Dim, Info, Trace
+
+RULES: dict[Any, Callable] = {**rules_math.RULES, **rules_shape.RULES}
+SEQUENCE = 5  # tokens of the symbolic run; small, and rarely the size of anything else
+VIEWS = set(rules_shape.RULES) | {k for k, rule in rules_math.RULES.items() if rule is rules_math.rule_same}
+
+
+class DiscoveryError(RuntimeError):
+    """The model could not be run symbolically; the message says what to do."""
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model without weights: every tensor on the meta device, ties kept.
+
+    The given model is not touched and its weights are not copied.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for module in model.modules():
+        own = [*module._buffers.values(), *(v for v in vars(module).values() if isinstance(v, torch.Tensor))]
+        for tensor in own:
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            getattr(module, hooks).clear()
+    return copied.eval()
+
+
+class LabelMode(TorchDispatchMode):
+    """Sees every ATen operator and applies its rule to the labels."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        if not any(isinstance(t, torch.Tensor) for t in outs):
+            return out
+        trace = self.trace
+        packet = func.overloadpacket
+        trace.operator = packet.__name__
+        inputs = rules_math.tensors_of(
+            t for v in [*args, *kwargs.values()] for t in (v if isinstance(v, (list, tuple)) else [v])
+        )
+        rule = RULES.get(packet)
+        if rule is None:
+            rules_math.rule_unknown(trace, func, args, kwargs, out)
+            dims: list[list[Dim]] = [[None] * t.dim() if isinstance(t, torch.Tensor) else [] for t in outs]
+        else:
+            found = rule(trace, func, args, kwargs, out)
+            dims = found if isinstance(out, (list, tuple)) else [found]
+        infos = [trace.info(t) for t in inputs]
+        for info in infos:
+            if info.source is not None:
+                trace.used.setdefault(info.source, len(trace.used))
+        source = infos[0].source if infos and packet in VIEWS else None
+        tokens = any(info.from_tokens for info in infos)
+        learned = any(info.learned for info in infos)
+        for tensor, labels in zip(outs, dims, strict=False):
+            if isinstance(tensor, torch.Tensor):
+                labels = [None if size == 1 else dim for dim, size in zip(labels, tensor.shape, strict=True)]
+                trace.set(tensor, Info(labels, source, tokens, learned))
+        return out
+
+
+def label_parameters(trace: Trace, model: nn.Module) -> dict[str, list[Dim]]:
+    """Fresh labels for every dimension of every parameter and buffer; tied ones share them."""
+    labels: dict[str, list[Dim]] = {}
+    parameters = set()
+    for name, tensor in model.named_parameters():
+        parameters.add(name)
+        labels[name] = _label(trace, name, tensor, learned=True)
+    for name, tensor in model.named_buffers():
+        labels[name] = _label(trace, name, tensor, learned=False)
+    kept = model.state_dict(keep_vars=True)
+    for name, dims in labels.items():
+        if name not in parameters and name not in kept:
+            for dim in dims:
+                trace.block(dim, f"tied to the table {name}, which the code computes from the configuration")
+    return labels
+
+
+def _label(trace: Trace, name: str, tensor: torch.Tensor, *, learned: bool) -> list[Dim]:
+    dims: list[Dim] = [trace.store.fresh(size) if size > 1 else None for size in tensor.shape]
+    trace.set(tensor, Info(dims, source=name, learned=learned))
+    return dims
+
+
+@contextmanager
+def module_paths(trace: Trace, model: nn.Module) -> Iterator[None]:
+    """Keep ``trace.module`` at the path of the innermost module that is running."""
+    handles = []
+    stack: list[str] = []
+
+    def enter(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any) -> None:
+            stack.append(trace.module)
+            trace.module = name
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        trace.module = stack.pop()
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        trace.module = ""
+
+
+def default_inputs(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Ways to call a decoder without data-dependent branches, most explicit first."""
+    ids = torch.zeros((1, SEQUENCE), dtype=torch.long, device="meta")
+    accepts = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {}
+    if "use_cache" in accepts or hasattr(model, "config"):
+        extra["use_cache"] = False
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    square = torch.zeros((1, 1, SEQUENCE, SEQUENCE), dtype=dtype, device="meta")
+    flat = torch.ones((1, SEQUENCE), dtype=torch.long, device="meta")
+    first = next(iter(accepts), "input_ids")
+    key = "input_ids" if "input_ids" in accepts else first
+    ways: list[dict[str, Any]] = []
+    for mask in (square, flat, None):
+        way: dict[str, Any] = {key: ids, **{k: v for k, v in extra.items() if k in accepts}}
+        if mask is not None and "attention_mask" not in accepts:
+            continue
+        if mask is not None:
+            way["attention_mask"] = mask
+        if "position_ids" in accepts:
+            way["position_ids"] = torch.zeros((1, SEQUENCE), dtype=torch.long, device="meta")
+        ways.append(way)
+    return ways
+
+
+def run(model: nn.Module, example_inputs: Mapping[str, Any] | None, *, log: bool = False):
+    """Run a meta model symbolically.
+
+    Returns:
+        ``(trace, labels)``: the trace and, per parameter or buffer, the labels of its dimensions.
+    """
+    ways = [_on_meta(example_inputs)] if example_inputs is not None else default_inputs(model)
+    failures = []
+    for way in ways:
+        trace = Trace(equations=[] if log else None)
+        labels = label_parameters(trace, model)
+        for value in way.values():
+            if isinstance(value, torch.Tensor):
+                integer = not value.is_floating_point()
+                tokens = integer and value is next(iter(way.values()))
+                trace.set(value, Info([None] * value.dim(), from_tokens=tokens))
+        try:
+            with torch.no_grad(), torch.device("meta"), module_paths(trace, model), LabelMode(trace):
+                out = model(**way)
+        except Exception as error:
+            failures.append(f"with {', '.join(way)}: {type(error).__name__}: {error}")
+            continue
+        trace.operator = "the model's output"
+        for tensor in _outputs(out):
+            for dim in trace.dims(tensor):
+                if isinstance(dim, np.ndarray):
+                    trace.block(dim, "the model returns it: its indices are what the caller reads")
+                    trace.record("returned", dim)
+        return trace, labels
+    raise DiscoveryError(
+        f"{type(model).__name__} could not be run on the meta device, so its couplings are unknown. Tried "
+        + "; ".join(line[:300] for line in failures)
+        + ". Pass example_inputs={name: tensor} with the inputs of one forward call; a model whose forward "
+        "branches on values of its data cannot be discovered."
+    )
+
+
+def _on_meta(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def _outputs(out: Any) -> list[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        return [out]
+    if isinstance(out, Mapping):
+        first = out.get("logits", out.get("last_hidden_state"))
+        return [first] if first is not None else [t for t in out.values() if isinstance(t, torch.Tensor)]
+    if isinstance(out, (list, tuple)):
+        return [t for t in out if isinstance(t, torch.Tensor)]
+    return []
