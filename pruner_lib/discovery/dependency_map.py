@@ -119,11 +119,11 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
     """
     skeleton = meta_copy(model)
     trace, labels = run(skeleton, example_inputs)
-    families = build_families(trace, labels, skeleton)
-    norms = norm_indices(trace, families, labels)
+    grouping = build_families(trace, labels, skeleton)
+    norms = norm_indices(trace, grouping)
     families = [
         GroupFamily(**{**vars(f), "normed_by": tuple(n.module for n in norms if n.family == f.name)})
-        for f in families
+        for f in grouping.families
     ]
     names = {id(p): name for name, p in skeleton.named_parameters()}
     aliases = {

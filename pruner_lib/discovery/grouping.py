@@ -127,11 +127,11 @@ def kind_of(leaf: int, flags: Mapping[str, np.ndarray]) -> str:
         return "qk_channel"
     if is_["mixed"]:
         return "value_channel"
-    if is_["embedded"] or is_["added"]:
+    if is_["embedded"]:
         return "hidden_channel"
     if is_["read"] and is_["written"]:
-        return "mlp_neuron"
-    return "other"
+        return "mlp_neuron"  # also where the activation adds a term of its own (GELU by its tanh formula)
+    return "hidden_channel" if is_["added"] else "other"
 
 
 def layer_list(model: nn.Module) -> tuple[str, int]:
@@ -169,13 +169,16 @@ def slices_of(found: Incidence, chosen: np.ndarray, keys: np.ndarray, used: Mapp
     return tuple(sorted(slices, key=lambda s: (used.get(s.parameter, last), s.dim)))
 
 
-def _groups(leaves: np.ndarray, signature: np.ndarray) -> list[np.ndarray]:
-    order = np.argsort(signature, kind="stable")
-    cuts = np.flatnonzero(np.diff(signature[order].astype(np.uint64)) != 0) + 1
-    return [np.sort(part) for part in np.split(leaves[order], cuts)] if len(leaves) else []
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """Families with, per leaf class, the family and the group it decides (-1: none)."""
+
+    families: tuple[GroupFamily, ...]
+    family_of: np.ndarray
+    group_of: np.ndarray
 
 
-def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.Module) -> list[GroupFamily]:
+def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.Module) -> Grouping:
     """All families of a traced model, in the order in which the model uses them."""
     trace.store.close()
     found = incidences(trace, labels)
@@ -183,16 +186,18 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
     flags = role_flags(trace)
     roles = sum((flag.astype(np.int64) << k) for k, flag in enumerate(flags.values()))
     leaves, signature = signatures(found, code + (roles << 32))
+    _, number = np.unique(signature, return_inverse=True)
+    of_leaf = np.full(len(trace.store), -1, dtype=np.int64)
+    of_leaf[leaves] = number
+    of_row = of_leaf[found.leaf]
+    order = np.argsort(of_row, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if len(order) else []
     path, _ = layer_list(model)
-    by_leaf = np.argsort(found.leaf, kind="stable")
-    ordered = found.leaf[by_leaf]
-    families = []
-    for members in _groups(leaves, signature):
-        spans = [by_leaf[np.searchsorted(ordered, m) : np.searchsorted(ordered, m, "right")] for m in members]
-        chosen = np.concatenate(spans)
-        kind = kind_of(int(members[0]), flags)
-        blocked = reasons[code[members[0]]] or None
-        keys, partition = found.leaf[chosen], None
+    made = []
+    for chosen in parts:
+        leaf = int(found.leaf[chosen[0]])
+        kind, blocked = kind_of(leaf, flags), reasons[code[leaf]] or None
+        keys, partition = found.leaf[chosen].astype(np.int64), None
         if kind == "query_head":
             keys, partition = _with_sibling(found, chosen)
             if partition is None:
@@ -202,9 +207,15 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
         keys, partition = _rank(found, chosen, keys, partition)
         slices = slices_of(found, chosen, keys, trace.used)
         layer = layer_of({s.parameter for s in slices}, path)
-        families.append(GroupFamily("", kind, layer, len(np.unique(keys)), slices, blocked, (), partition))
-    families = [_without_own_size(f, families) for f in families]
-    return _named(sorted(families, key=lambda f: _first_use(f, trace.used)))
+        family = GroupFamily("", kind, layer, len(np.unique(keys)), slices, blocked, (), partition)
+        made.append((family, found.leaf[chosen], keys))
+    families = [_without_own_size(family, [f for f, _, _ in made]) for family, _, _ in made]
+    rank = sorted(range(len(made)), key=lambda k: _first_use(families[k], trace.used))
+    family_of, group_of = np.full((2, len(trace.store)), -1, dtype=np.int64)
+    for position, k in enumerate(rank):
+        if families[k].partition is None:
+            family_of[made[k][1]], group_of[made[k][1]] = position, made[k][2]
+    return Grouping(tuple(_named([families[k] for k in rank])), family_of, group_of)
 
 
 def _first_use(family: GroupFamily, used: Mapping[str, int]) -> tuple[int, int, str]:
@@ -214,13 +225,14 @@ def _first_use(family: GroupFamily, used: Mapping[str, int]) -> tuple[int, int, 
 
 def _with_sibling(found: Incidence, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Key each row by (KV head, query slot): query heads are independent inside each KV head."""
-    wanted = {}
-    patterns = np.unique(found.pattern[chosen])
-    rows = np.flatnonzero(np.isin(found.pattern, patterns))
-    for r in rows:
-        wanted[int(found.pattern[r]), int(found.index[r]), int(found.path[r])] = int(found.leaf[r])
-    left = [wanted.get((int(found.pattern[r]), int(found.index[r]), int(found.path[r]) ^ 1), -1) for r in chosen]
-    siblings = np.array(left, dtype=np.int64)
+    rows = np.flatnonzero(np.isin(found.pattern, np.unique(found.pattern[chosen])))
+    width = int(found.index.max()) + 1
+    place = (found.pattern * width + found.index) * (1 << 12) + found.path
+    order = rows[np.argsort(place[rows])]
+    wanted = (found.pattern[chosen] * width + found.index[chosen]) * (1 << 12) + (found.path[chosen] ^ 1)
+    at = np.searchsorted(place[order], wanted)
+    at[at == len(order)] = 0
+    siblings = np.where(place[order][at] == wanted, found.leaf[order][at], -1).astype(np.int64)
     if (siblings < 0).any() or (found.path[chosen] % 2 == 0).any():
         return found.leaf[chosen].astype(np.int64), None
     return siblings * (1 << 32) + found.leaf[chosen], siblings

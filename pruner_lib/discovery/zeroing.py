@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .families import GroupFamily, Removal
-from .state import Dim, Trace
+from .families import Removal
+from .grouping import Grouping
+from .state import Trace
 
 if TYPE_CHECKING:
     from .dependency_map import DependencyMap
@@ -28,59 +28,29 @@ class NormIndex:
     index: np.ndarray
 
 
-def norm_indices(
-    trace: Trace, families: Sequence[GroupFamily], labels: Mapping[str, Sequence[Dim]]
-) -> list[NormIndex]:
+def norm_indices(trace: Trace, grouping: Grouping) -> list[NormIndex]:
     """Which norm averages over which family's own channels."""
-    events = [e for e in trace.events if e.role == "normed"]
+    events = {event.module: event for event in reversed(trace.events) if event.role == "normed"}
     if not events:
         return []
-    sources = _group_of_leaf(trace, families, labels)
-    found: dict[tuple[str, str], NormIndex] = {}
-    for event in events:
-        row, leaf, _, _ = trace.store.leaves(event.labels)
-        for name, (leaves, groups, size) in sources.items():
-            at = np.searchsorted(leaves, leaf)
-            at[at == len(leaves)] = 0
-            hit = leaves[at] == leaf
-            if not hit.any() or (event.module, name) in found:
+    sizes = [len(event.labels) for event in events.values()]
+    rows, leaves, _, _ = trace.store.leaves(np.concatenate([event.labels for event in events.values()]))
+    order = np.argsort(rows, kind="stable")
+    rows, leaves = rows[order], leaves[order]
+    ends = np.cumsum(sizes)
+    found = []
+    for module, size, end in zip(events, sizes, ends, strict=True):
+        here = slice(*np.searchsorted(rows, (end - size, end)))
+        row, leaf = rows[here] - (end - size), leaves[here]
+        for number in np.unique(grouping.family_of[leaf]):
+            family = grouping.families[number]
+            mine = grouping.family_of[leaf] == number
+            if number < 0 or mine.sum() % family.size:
                 continue
-            group, rows = groups[at[hit]], row[hit]
-            order = np.lexsort((rows, group))
-            if len(rows) % size == 0:
-                table = rows[order].reshape(size, -1)
-                found[event.module, name] = NormIndex(event.module, name, len(event.labels), table)
-    return list(found.values())
-
-
-def _group_of_leaf(trace, families, labels):
-    """Per family: its leaf classes (sorted), the group of each, and the number of groups."""
-    sources = {}
-    for family in families:
-        if family.partition is not None:
-            continue
-        first = family.slices[0]
-        terms = labels[first.parameter][first.dim]
-        # A leaf of the family is one that all rows of a group share and no other group has.
-        row, leaf, _, _ = trace.store.leaves(terms)
-        owner = np.full(len(terms), -1, dtype=np.int64)
-        owner[first.index.ravel()] = np.repeat(np.arange(family.size), first.index.shape[1])
-        keep = owner[row] >= 0
-        pairs = np.unique(np.stack([leaf[keep], owner[row][keep]], axis=1), axis=0)
-        leaves, count = np.unique(pairs[:, 0], return_counts=True)
-        own = np.isin(pairs[:, 0], leaves[count == 1])
-        candidates = pairs[own]
-        total = np.bincount(row[keep], minlength=1)
-        del total
-        per_group = first.index.shape[1]
-        hits = {}
-        for lf, ow in zip(leaf[keep].tolist(), owner[row][keep].tolist(), strict=True):
-            hits[lf, ow] = hits.get((lf, ow), 0) + 1
-        whole = [(lf, ow) for lf, ow in candidates.tolist() if hits[lf, ow] == per_group]
-        if whole:
-            table = np.array(sorted(whole), dtype=np.int64)
-            sources[family.name] = (table[:, 0], table[:, 1], family.size)
-    return sources
+            order = np.lexsort((row[mine], grouping.group_of[leaf[mine]]))
+            table = row[mine][order].reshape(family.size, -1)
+            found.append(NormIndex(module, family.name, size, table))
+    return found
 
 
 class NormOverKept(nn.Module):
