@@ -1,0 +1,36 @@
+"""Structural pruning of causal language models: discover, score, plan, prune, recover, evaluate.
+
+    model ──discover──▶ DependencyMap ──estimate_importance──▶ ImportanceScores ──plan_pruning──▶ PruningPlan
+    EvaluationReport ◀──evaluate── recovered ◀──recover── smaller model ◀──prune──┘
+
+Importing this package lets ``from_pretrained`` open checkpoints whose layers differ in width.
+"""
+
+from pruner_lib.assets import DEFAULT_MODEL, PAPER_CALIBRATION, load_calibration, load_model, load_text
+from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
+from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
+from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
+from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "PAPER_CALIBRATION",
+    "CheckpointError",
+    "DependencyMap",
+    "DiscoveryError",
+    "ImportanceScores",
+    "PruningError",
+    "PruningPlan",
+    "discover",
+    "estimate_importance",
+    "load_calibration",
+    "load_model",
+    "load_pruned",
+    "load_text",
+    "measure_importance",
+    "plan_pruning",
+    "prune",
+    "save_pruned",
+]

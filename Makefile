@@ -1,0 +1,62 @@
+# Everything runs in one virtual environment, made on first use and again when the pins change.
+#
+#   make walkthrough                      notebooks 00-05 on the default model
+#   make walkthrough MODEL=… DEVICE=…     the same on a hub id or folder, on another device
+#   make lab                              JupyterLab on the first notebook
+#   make test                             the whole test suite, then every notebook under nbval
+#
+# PYTHON=… picks the interpreter (3.11 or newer), VENV=… the environment's folder.
+
+VENV ?= .venv
+MODEL ?=
+DEVICE ?=
+FRESH ?=
+SUITABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3 python; do \
+	"$$candidate" -c "$(SUITABLE)" >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+# The kernel of this environment, not one that the user registered under the same name.
+export JUPYTER_PREFER_ENV_PATH = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DELETE_ON_ERROR:
+.PHONY: help setup assets walkthrough lab test lint typecheck clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c "$(SUITABLE)" || { echo "error: $(PYTHON) is older than 3.11 or has no venv module" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear "$(VENV)"
+	"$(BIN)/python" -m pip install -c constraints.txt -e ".[all]"
+	@touch "$(STAMP)"
+
+assets: $(STAMP)
+	"$(BIN)/python" -m pruner_lib.assets
+
+walkthrough: assets
+	"$(BIN)/python" -m pruner_lib.walkthrough --model "$(MODEL)" --device "$(DEVICE)" $(if $(FRESH),--fresh)
+
+lab: $(STAMP)
+	"$(BIN)/jupyter" lab notebooks/00_start_here.ipynb
+
+test: assets
+	"$(BIN)/python" -m pytest
+ifneq ($(NOTEBOOKS),)
+	"$(BIN)/python" -m pytest --nbval --nbval-current-env notebooks
+endif
+
+lint: $(STAMP)
+	"$(BIN)/ruff" check .
+
+typecheck: $(STAMP)
+	"$(BIN)/mypy"
+
+clean:
+	rm -rf "$(VENV)" runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

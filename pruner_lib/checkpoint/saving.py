@@ -1,0 +1,185 @@
+"""Write a checkpoint folder whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from pruner_lib.checkpoint.errors import CheckpointError
+from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
+from pruner_lib.pruning.layer_config import enable_per_layer_config, is_marked
+
+if TYPE_CHECKING:
+    from pruner_lib.pruning.plan import PruningPlan
+
+CONFIG_FILE = "config.json"
+PLAN_FILE = "pruning_plan.json"
+PROVENANCE_FILE = "provenance.json"
+_FORMAT = "pruner_lib.checkpoint"
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    plan: PruningPlan | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a pruned model as safetensors with its configuration.
+
+    A model with one width in all layers opens with plain ``AutoModelForCausalLM.from_pretrained``.
+    One whose layers differ opens the same way once ``pruner_lib`` is imported, and raises without it.
+    The folder is written beside its final place and renamed into it: whenever the program is
+    killed, ``directory`` holds the old checkpoint or the new one, whole. (Between the two renames of
+    a replacement the old one waits, whole, under the name ``.<directory>.old``, from where the next
+    ``save_pruned`` or ``load_pruned`` brings it back.)
+
+    Args:
+        model: what ``prune`` or ``recover`` returned.
+        directory: a new folder, an empty one, or an earlier checkpoint, which is replaced.
+        tokenizer: saved beside the model if given.
+        plan: saved as ``pruning_plan.json`` if given.
+        provenance: what the model came from (base model, criterion, calibration, seed); any JSON.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder holds something else, the configuration cannot describe the
+            model, the weights are on the meta device, or the provenance is no JSON.
+        OSError: the disk is full or not writable; what was there is still whole.
+    """
+    target = Path(directory).absolute()
+    recover_interrupted(target)
+    _check_target(target)
+    _check_saveable(model)
+    document = _provenance_text(model, provenance)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new-"))
+    try:
+        _write(model, temporary, tokenizer, plan)
+        (temporary / PROVENANCE_FILE).write_text(document, encoding="utf-8")
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private; a result is an ordinary folder
+        _flush(temporary)
+        _swap(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Path(directory)
+
+
+def recover_interrupted(target: Path) -> None:
+    """Bring the old checkpoint back where a program died between the two renames of a replacement."""
+    old = _old_name(target)
+    if not old.is_dir():
+        return
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(old, target)
+
+
+def _old_name(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"cannot save into {target}: it is a file; give a folder")
+    if any(target.iterdir()) and not (target / PROVENANCE_FILE).is_file():
+        found = ", ".join(sorted(path.name for path in target.iterdir())[:4])
+        raise CheckpointError(
+            f"cannot save into {target}: it holds files that are no checkpoint of this library ({found}); "
+            "give a new or empty folder, or one that save_pruned wrote"
+        )
+
+
+def _check_saveable(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(
+            f"cannot save a {type(model).__name__}: a transformers model is needed; "
+            "merge adapters first (recover returns .model merged)"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError("cannot save a model on the meta device: it has shapes but no weights")
+    enable_per_layer_config()
+    config = saved_and_read(model.config)
+    empty = None if config is None else build_empty(type(model), config)
+    found, wanted = {} if empty is None else shapes_of(empty), shapes_of(model)
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"cannot save this {type(model).__name__}: its configuration has no way to say the new sizes, so "
+            f"no from_pretrained could open it ({name} is {wanted[name]}, the configuration builds "
+            f"{found.get(name, 'no model')}). It works in memory; to save, cut families whose size the "
+            f"configuration of {model.config.model_type} states"
+        )
+
+
+def _provenance_text(model: PreTrainedModel, provenance: Mapping[str, Any] | None) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        library = version("pruner-lab")
+    except PackageNotFoundError:  # run from a source folder
+        library = "source"
+    opens_with = "import pruner_lib, then from_pretrained" if is_marked(model.config) else "from_pretrained"
+    document = {
+        "format": _FORMAT,
+        "library_version": library,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "opens_with": opens_with,
+        "provenance": dict(provenance or {}),
+    }
+    try:
+        return json.dumps(document, indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"provenance must be plain JSON (numbers, text, lists): {error}") from error
+
+
+def _write(model: PreTrainedModel, folder: Path, tokenizer: Any, plan: PruningPlan | None) -> None:
+    model.save_pretrained(folder, safe_serialization=True)
+    # Entries equal to the class's default are left out by save_pretrained, and some defaults are
+    # derived from others when read (head_dim from the head count), so every entry is written.
+    config_class = type(model.config)
+    written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    complete = json.loads(model.config.to_json_string(use_diff=False)) | written
+    (folder / CONFIG_FILE).write_text(json.dumps(complete, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config_class.from_pretrained(folder)  # what was written must be read
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
+
+
+def _flush(folder: Path) -> None:
+    """Bring the files to the disk before the folder takes its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    old = _old_name(target)
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

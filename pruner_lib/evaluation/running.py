@@ -1,0 +1,80 @@
+"""Running a model to measure it, and leaving it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Value = TypeVar("Value")
+
+
+class EvaluationError(ValueError):
+    """Something cannot be measured; the message says what was found and what to do."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode (no dropout) and no gradients; each module's training flag comes back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Device of the token embedding, where token ids must be."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    return weight.device if weight is not None else next(model.parameters()).device
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Rows of the token embedding; None for a model that has none."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embedding, "num_embeddings", None)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest input the model's configuration allows, in tokens; None if it does not say."""
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def weight_dtype(model: nn.Module) -> str:
+    """Type of the floating-point weights, such as ``float32``; joined by + if there are several."""
+    found = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    return "+".join(sorted(found)) or "none"
+
+
+def require_weights(model: nn.Module, what: str) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        EvaluationError: a parameter has no values.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise EvaluationError(
+            f"{what} needs a model with weights, but this one is on the meta device; load it with load_model, "
+            "or ask count_cost, which needs none"
+        )
+
+
+def check_models(models: Mapping[str, Value]) -> dict[str, Value]:
+    """The models by name, in their order.
+
+    Raises:
+        EvaluationError: not a mapping, or empty.
+    """
+    if not isinstance(models, Mapping):
+        raise EvaluationError(f'give the models as {{"dense": model, …}}, not {type(models).__name__}')
+    if not models:
+        raise EvaluationError('no model was given; give at least one, as {"dense": model}')
+    return dict(models)

@@ -1,0 +1,249 @@
+"""Find the configuration that builds a model of exactly the cut shapes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from pruner_lib.pruning.layer_config import enable_per_layer_config, is_marked, mark_config
+from pruner_lib.pruning.ratios import Profile, profiles
+
+if TYPE_CHECKING:
+    from pruner_lib.pruning.plan import PruningPlan
+
+Shapes = dict[str, tuple[int, ...]]
+Widths = dict[str, dict[int, int]]  # configuration entry -> layer -> value
+_MAX_ENTRIES = 3  # entries that one profile may change together; two (heads and KV heads) is the usual number
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A configuration and the empty model (meta device) that it builds."""
+
+    config: PreTrainedConfig
+    model: nn.Module
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Shape of every parameter and buffer, by name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> nn.Module | None:
+    """The model that a configuration builds, on the meta device; None when it builds none."""
+    enable_per_layer_config()
+    try:
+        with torch.device("meta"), no_init_weights():
+            return model_class(config)
+    except Exception:  # whatever a model's own code raises, this configuration does not describe a model
+        return None
+
+
+def saved_and_read(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The configuration as it comes back from its JSON; None when transformers refuses it."""
+    enable_per_layer_config()
+    try:
+        return type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+    except Exception:  # validators raise errors of many kinds
+        return None
+
+
+def find_blueprint(model: nn.Module, plan: PruningPlan, target: Shapes) -> tuple[Blueprint, Blueprint] | None:
+    """Search the configuration whose model has exactly the shapes of the cut one.
+
+    Whole-number entries that may be a factor of a cut dimension are scaled as that dimension is,
+    a few at a time, and the smallest change that gives the right shapes is taken. Where the layers
+    differ, the entries go to ``per_layer_config``.
+
+    Args:
+        model: the dense model; nothing is read but its class, configuration and shapes.
+        plan: what is cut.
+        target: shapes of the cut model.
+
+    Returns:
+        What builds the dense and the cut model, or None when no configuration says the cut.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return None
+    search = _Search(model, target)
+    dense = search.build({})
+    if dense is None or shapes_of(dense.model) != search.shapes:
+        return None
+    widths: Widths = {}
+    for profile in profiles(plan, model.config.num_hidden_layers):
+        found = search.solve(profile)
+        if found is None:
+            return None
+        widths.update(found)
+    cut = search.build(widths)
+    if cut is None or shapes_of(cut.model) != target or not _same_constants(dense.model, cut.model):
+        return None
+    return dense, cut
+
+
+class _Search:
+    """Tries configurations of one model; keeps nothing but what it was given."""
+
+    def __init__(self, model: PreTrainedModel, target: Shapes) -> None:
+        self.model_class = type(model)
+        self.config = copy.deepcopy(model.config)
+        self.shapes = shapes_of(model)
+        self.target = target
+        self.layers = range(self.config.num_hidden_layers)
+        self.values = {layer: vars(self.config.per_layer_config[layer]) for layer in self.layers}
+
+    def build(self, widths: Widths) -> Blueprint | None:
+        config = _with_widths(self.config, widths)
+        if config is None:
+            return None
+        config._attn_implementation_internal = self.config._attn_implementation_internal
+        model = build_empty(self.model_class, config)
+        return None if model is None else Blueprint(config, model)
+
+    def solve(self, profile: Profile) -> Widths | None:
+        """The smallest change of entries that makes exactly this profile's dimensions shrink."""
+        wanted = dict(self.shapes)
+        for parameter, dim in profile.places:
+            shape = list(wanted[parameter])
+            shape[dim] = self.target[parameter][dim]
+            wanted[parameter] = tuple(shape)
+        for widths in self._proposals(profile):
+            blueprint = self.build(widths)
+            if blueprint is not None and shapes_of(blueprint.model) == wanted:
+                return widths
+        return None
+
+    def _proposals(self, profile: Profile) -> Iterator[Widths]:
+        entries = sorted(self._factors(profile), key=lambda entry: not self._likely(entry, profile))
+        for count in range(1, min(_MAX_ENTRIES, len(entries)) + 1):
+            for chosen in combinations(entries, count):
+                widths = {entry: self._scaled(entry, profile) for entry in chosen}
+                yield widths
+                yield from ({**widths, **fixed} for fixed in self._fixed_head_dim(chosen, profile))
+        yield from self._unset(profile)
+
+    def _factors(self, profile: Profile) -> list[str]:
+        """Entries that hold, in every layer that is cut, a factor of the cut dimensions."""
+        found = []
+        for entry, value in self.values[0].items():
+            numbers = [self.values[layer].get(entry) for layer in profile.layers]
+            if entry.startswith("_") or entry.endswith("_token_id") or isinstance(value, bool):
+                continue
+            if all(
+                isinstance(number, int)
+                and number > 1
+                and profile.explains(number)
+                and profile.scaled(number, layer) is not None
+                for number, layer in zip(numbers, profile.layers, strict=True)
+            ):
+                found.append(entry)
+        return found
+
+    def _likely(self, entry: str, profile: Profile) -> bool:
+        return self.values[profile.layers[0]][entry] in profile.groups
+
+    def _scaled(self, entry: str, profile: Profile) -> dict[int, int]:
+        return {layer: profile.scaled(self.values[layer][entry], layer) or 0 for layer in profile.layers}
+
+    def _fixed_head_dim(self, chosen: tuple[str, ...], profile: Profile) -> Iterator[Widths]:
+        """``head_dim`` as it was, for configurations that would derive it from the new head count."""
+        if isinstance(self.values[0].get("head_dim"), int):
+            return
+        first = profile.layers[0]
+        options = {size // self.values[first][entry] for size in profile.sizes for entry in chosen
+                   if size % self.values[first][entry] == 0}
+        for option in sorted(options - {1}):
+            yield {"head_dim": dict.fromkeys(self.layers, option)}
+
+    def _unset(self, profile: Profile) -> Iterator[Widths]:
+        """Entries that are None, where the code computes a width (GPT-2's ``n_inner``): the new width."""
+        empty = [entry for entry, value in self.values[0].items() if value is None and entry[0] != "_"]
+        sizes = {layer: {self.target[name][dim] for name, dim in profile.places if f".{layer}." in f".{name}"}
+                 for layer in profile.layers}
+        if any(len(found) != 1 for found in sizes.values()):
+            return
+        for entry in empty:
+            if not entry.endswith("_token_id"):
+                yield {entry: {layer: next(iter(found)) for layer, found in sizes.items()}}
+
+
+def _with_widths(config: PreTrainedConfig, widths: Widths) -> PreTrainedConfig | None:
+    """A copy of ``config`` with new widths that survives saving and reading; None if there is none."""
+    new = copy.deepcopy(config)
+    layers = range(config.num_hidden_layers)
+    overrides: dict[int, dict[str, Any]] = {}
+    if new.is_heterogeneous:
+        overrides = copy.deepcopy(new._heterogeneity_spec.per_layer_overrides)
+        new.per_layer_config = None
+    for entry, by_layer in widths.items():
+        current = {layer: overrides.get(layer, {}).get(entry, vars(new).get(entry)) for layer in layers}
+        current.update(by_layer)
+        for values in overrides.values():
+            values.pop(entry, None)
+        if len(set(current.values())) == 1:
+            setattr(new, entry, current[0])
+            continue
+        for layer, value in current.items():
+            overrides.setdefault(layer, {})[entry] = value
+    overrides = {layer: values for layer, values in overrides.items() if values}
+    vars(new).pop("pruner_lib", None)
+    if overrides:
+        mark_config(new)
+        new.per_layer_config = overrides
+    elif saved_and_read(new) is None:
+        mark_config(new)
+    return new if saved_and_read(new) is not None else None
+
+
+def _same_constants(dense: nn.Module, cut: nn.Module) -> bool:
+    """True when no number that is not a size (a softmax scale, an epsilon) differs between the two."""
+    others = dict(cut.named_modules())
+    for name, module in dense.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and vars(others[name]).get(attribute) != value:
+                return False
+    return True
+
+
+def follow_blueprint(model: nn.Module, dense: nn.Module, cut: nn.Module) -> None:
+    """Copy, in place, the sizes in which a freshly built cut model differs from a dense one.
+
+    Args:
+        model: the cut copy of the dense model.
+        dense: freshly built from the old configuration.
+        cut: freshly built from the new configuration; the configurations in it become the model's.
+    """
+    old, new = dict(dense.named_modules()), dict(cut.named_modules())
+    for name, module in model.named_modules():
+        if name not in old or name not in new:
+            continue
+        before, after = vars(old[name]), vars(new[name])
+        for attribute, value in after.items():
+            present = vars(module).get(attribute)
+            if isinstance(value, PreTrainedConfig):
+                follows = isinstance(present, PreTrainedConfig)
+            else:  # a size that somebody changed by hand is left alone
+                follows = _is_size(value) and present == before.get(attribute) != value
+            if follows:
+                setattr(module, attribute, value)
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_size(item) for item in value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+__all__ = ["Blueprint", "build_empty", "find_blueprint", "follow_blueprint", "is_marked", "shapes_of"]

@@ -1,0 +1,141 @@
+"""Let transformers build models whose layers differ in width.
+
+transformers stores and reads back ``config.per_layer_config`` (layer -> overrides), but most of its
+modelling code still reads one width for all layers, and raises when the width is per layer.
+:func:`enable_per_layer_config` hands layer ``i`` the configuration ``config.per_layer_config[i]``
+when it is built. It acts only on configurations that carry this library's mark; without the import
+of ``pruner_lib`` such a checkpoint does not open, it raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+MARK = "pruner_lib"
+_WRAPPED = "_wrapped_by_pruner_lib"
+_LAYER_ARGUMENTS = ("layer_idx", "layer_id", "layer_number")
+
+
+def is_marked(config: Any) -> bool:
+    """True when a configuration was written by this library and needs it to open."""
+    return MARK in getattr(config, "__dict__", {})
+
+
+def mark_config(config: PreTrainedConfig) -> None:
+    """Mark a configuration, in place, as one that opens only where ``pruner_lib`` is imported."""
+    setattr(config, MARK, {"needs": "import pruner_lib", "schema": 1})
+    _relax_validation(type(config))
+
+
+def enable_per_layer_config() -> None:
+    """Make transformers build marked configurations layer by layer; calling it again does nothing.
+
+    Models whose configuration does not carry the mark are built exactly as before.
+    """
+    if getattr(PreTrainedModel.__init__, _WRAPPED, False):
+        return
+    _patch(PreTrainedModel, "__init__", _model_init)
+    _patch(PreTrainedModel, "set_attn_implementation", _set_attention)
+    original = PreTrainedConfig.from_dict.__func__
+
+    @functools.wraps(original)
+    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if MARK in config_dict:
+            _relax_validation(cls)
+        return original(cls, config_dict, **kwargs)
+
+    PreTrainedConfig.from_dict = classmethod(from_dict)
+
+
+def _patch(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _WRAPPED, True)
+    setattr(owner, name, replacement)
+
+
+def _model_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: PreTrainedModel, config: Any, *inputs: Any, **kwargs: Any) -> None:
+        if is_marked(config):
+            _wrap_layer_classes(type(self))
+        original(self, config, *inputs, **kwargs)
+
+    return __init__
+
+
+def _set_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if is_marked(self.config):
+            # Each layer holds its own copy of the configuration, which must not keep the old choice.
+            for module in self.modules():
+                config = module.__dict__.get("config")
+                if is_marked(config):
+                    config._attn_implementation_internal = self.config._attn_implementation_internal
+        return result
+
+    return set_attn_implementation
+
+
+def _wrap_layer_classes(model_class: type) -> None:
+    """Wrap the constructors of the decoder layers that live beside a model class, once."""
+    for base in model_class.__mro__:
+        for layer_class in list(vars(sys.modules.get(base.__module__, object)).values()):
+            if (
+                isinstance(layer_class, type)
+                and issubclass(layer_class, GradientCheckpointingLayer)
+                and layer_class is not GradientCheckpointingLayer
+                and not getattr(layer_class.__init__, _WRAPPED, False)
+                and {"config", *_LAYER_ARGUMENTS} & set(inspect.signature(layer_class.__init__).parameters)
+            ):
+                _patch(layer_class, "__init__", _layer_init)
+
+
+def _layer_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        config = bound.arguments.get("config")
+        if is_marked(config) and config.is_heterogeneous:
+            layers = [bound.arguments[name] for name in _LAYER_ARGUMENTS if name in bound.arguments]
+            if not layers or layers[0] is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} was built without its layer number, so the widths of this layer "
+                    "are unknown; this architecture cannot hold layers of different widths"
+                )
+            bound.arguments["config"] = config.per_layer_config[layers[0]]
+        original(*bound.args, **bound.kwargs)
+
+    return __init__
+
+
+def _relax_validation(config_class: type) -> None:
+    """Let marked configurations pass the checks of widths that only a dense model has to meet.
+
+    Llama's, for one, wants ``hidden_size`` to be a multiple of the head count even where
+    ``head_dim`` is given.
+    """
+    validators = config_class.__dict__.get("__class_validators__")
+    if validators is None:
+        return
+    for position, validator in enumerate(validators):
+        if validator.__name__ == "validate_architecture" and not getattr(validator, _WRAPPED, False):
+            validators[position] = _unless_marked(validator)
+
+
+def _unless_marked(validator: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(validator)
+    def validate(config: Any) -> None:
+        if not is_marked(config):
+            validator(config)
+
+    setattr(validate, _WRAPPED, True)
+    return validate

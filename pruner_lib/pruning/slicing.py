@@ -1,0 +1,87 @@
+"""A copy of a model that never holds the weights that are cut."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from pruner_lib.pruning.plan import PruningPlan
+
+# Attributes that repeat a dimension of ``weight``, by the class that keeps them.
+_SHAPE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
+    (nn.Linear, {"out_features": 0, "in_features": 1}),
+    (Conv1D, {"nx": 0, "nf": 1}),
+    (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.Conv1d, {"out_channels": 0}),
+    (nn.BatchNorm1d, {"num_features": 0}),
+)
+SHAPE_NAMES = frozenset({"normalized_shape", *(name for _, names in _SHAPE_ATTRIBUTES for name in names)})
+
+
+def sliced_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A deep copy whose parameters and buffers hold only what ``plan`` keeps.
+
+    Tensors are sliced on their way into the copy, so memory peaks at the two models. Tied
+    weights stay one parameter; dtype, device, ``requires_grad`` and training mode are kept.
+
+    Args:
+        model: left as it is.
+        plan: made for this model.
+
+    Returns:
+        The copy. Its modules still believe the old head counts; its ``in_features`` and the like
+        are right.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters():
+        value = nn.Parameter(_sliced(parameter.detach(), name, plan), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = value
+    for name, buffer in model.named_buffers():
+        memo[id(buffer)] = _sliced(buffer.detach(), name, plan)
+    pruned = copy.deepcopy(model, memo)
+    follow_shapes(pruned)
+    return pruned
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy on the meta device: shapes and code, no values."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def follow_shapes(model: nn.Module) -> None:
+    """Set, in place, the attributes that repeat a dimension of a module's own weight."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            continue
+        for owner, names in _SHAPE_ATTRIBUTES:
+            if isinstance(module, owner):
+                for attribute, dim in names.items():
+                    if isinstance(module.__dict__.get(attribute), int):
+                        setattr(module, attribute, weight.shape[dim])
+        if isinstance(module.__dict__.get("normalized_shape"), tuple):
+            module.normalized_shape = tuple(weight.shape)
+
+
+def _sliced(tensor: torch.Tensor, name: str, plan: PruningPlan) -> torch.Tensor:
+    try:
+        kept = plan.kept_indices(name)
+    except KeyError:  # discovery lists parameters; a buffer it never saw is copied whole
+        kept = {}
+    if not kept:
+        return tensor.clone()
+    for dim, index in kept.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor

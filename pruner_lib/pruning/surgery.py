@@ -1,0 +1,98 @@
+"""Cut a model as a plan says, and check the result before handing it over."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pruner_lib.pruning.attributes import Assignment, apply_assignment, find_assignment
+from pruner_lib.pruning.configuration import find_blueprint, follow_blueprint, shapes_of
+from pruner_lib.pruning.errors import PruningError
+from pruner_lib.pruning.plan import PruningPlan
+from pruner_lib.pruning.ratios import profiles
+from pruner_lib.pruning.slicing import meta_copy, sliced_copy
+from pruner_lib.pruning.verification import find_difference
+
+
+def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Remove the groups that a plan names and return the smaller model.
+
+    Every coupled slice is cut out of its parameter or buffer: with groups R of a family removed,
+    ``new = old.index_select(dim, all indices not in R)``. The logits equal those of the full model
+    with the same groups zeroed, up to rounding. Sizes kept outside the weights (head counts, split
+    sizes, the configuration) follow; the softmax scale stays.
+
+    The cut checks itself: discovery on the cut model, without values, must find the family sizes
+    that the plan promises, or the cut is refused.
+
+    Args:
+        model: left bit for bit as it is; meta models are fine.
+        plan: made for this model.
+
+    Returns:
+        A new model, ordinary in every way: it generates with a cache, trains, takes adapters.
+
+    Raises:
+        PruningError: the plan is for another model, or no way was found to make the model's code
+            run at the new sizes.
+
+    Example:
+        >>> plan = PruningPlan.from_removal(discover(model), {"layers.0.mlp_neuron": [3, 7]})
+        >>> prune(model, plan).model.layers[0].mlp.down_proj.in_features  # 48 - 2
+        46
+    """
+    _check_same_model(model, plan)
+    if not plan.removal:
+        return sliced_copy(model, plan)
+    trial = sliced_copy(meta_copy(model), plan)
+    blueprints = find_blueprint(model, plan, shapes_of(trial))
+    if blueprints is not None:
+        dense, cut = blueprints
+        follow_blueprint(trial, dense.model, cut.model)
+        problem = find_difference(trial, plan)
+        if problem is None:
+            pruned = sliced_copy(model, plan)
+            follow_blueprint(pruned, dense.model, cut.model)
+            return pruned
+    num_layers = plan.dependencies.num_layers
+    assignment = _search_attributes(model, plan)
+    pruned = sliced_copy(model, plan)
+    apply_assignment(pruned, assignment, num_layers)
+    return pruned
+
+
+def _check_same_model(model: nn.Module, plan: PruningPlan) -> None:
+    shapes = shapes_of(model)
+    for parameter, expected in plan.dependencies.shapes.items():
+        if shapes.get(parameter, expected) != tuple(expected) or (
+            parameter not in shapes and parameter in plan.parameters
+        ):
+            found = shapes.get(parameter, "no such parameter")
+            raise PruningError(
+                f"the plan is for another model: it expects {parameter} of shape {tuple(expected)}, "
+                f"this model has {found}; call discover and plan_pruning on the model that is cut"
+            )
+
+
+def _search_attributes(model: nn.Module, plan: PruningPlan) -> Assignment:
+    """Numbers on the modules that must change, or a refusal."""
+    num_layers = plan.dependencies.num_layers
+    empty = sliced_copy(meta_copy(model), plan)
+    reasons: list[str] = []
+
+    def confirm(assignment: Assignment) -> bool:
+        trial = meta_copy(empty)
+        apply_assignment(trial, assignment, num_layers)
+        problem = find_difference(trial, plan)
+        if problem is not None:
+            reasons.append(problem)
+        return problem is None
+
+    assignment = find_assignment(empty, profiles(plan, num_layers), num_layers, confirm)
+    if assignment is None:
+        kinds = sorted({plan.dependencies.family(name).kind for name in plan.removal})
+        raise PruningError(
+            f"cannot cut {', '.join(kinds)} of {type(model).__name__}: its code keeps sizes that did not "
+            f"follow. Tried {len(reasons)} ways to set them; with none set: {reasons[0]}. Cut other "
+            "families, or the same share of them in every layer. The model is unchanged"
+        )
+    return assignment

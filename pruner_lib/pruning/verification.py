@@ -1,0 +1,104 @@
+"""The cut's self-check: discovery on the cut model must find what the plan left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+if TYPE_CHECKING:
+    from pruner_lib.discovery import DependencyMap, GroupFamily
+    from pruner_lib.pruning.plan import PruningPlan
+
+Place = tuple[str, int]
+Tables = dict[Place, np.ndarray]  # rows are groups, ordered alike in all tables of a family
+
+
+def find_difference(model: nn.Module, plan: PruningPlan) -> str | None:
+    """What discovery finds in a cut model against what the plan promised.
+
+    Every family of the plan's map that keeps two groups or more must be found again: the same
+    indices of the same parameters together, counted after the cut. Names do not matter, since they
+    change in small models (with one KV head left, its query heads are ordinary heads).
+
+    Args:
+        model: the cut model; its values are not read, the meta device is best.
+        plan: what was cut.
+
+    Returns:
+        The first difference in words, or None when there is none.
+    """
+    from pruner_lib.discovery import DiscoveryError, discover
+
+    try:
+        found = discover(model)
+    except DiscoveryError as error:
+        return f"it does not run ({' '.join(str(error.__cause__ or error).split())[:200]})"
+    by_place = _by_place(found)
+    for family in plan.dependencies.families:
+        expected = _remaining(family, plan)
+        if len(next(iter(expected.values()), ())) < 2:
+            continue
+        if not _is_found(expected, by_place):
+            place, rows = next(iter(expected.items()))
+            sizes = sorted({len(tables[place]) for tables in by_place.get(place, [])})
+            return (
+                f"{family.name} should keep {len(rows)} groups of {rows.shape[1]} indices in {place[0]}, "
+                f"discovery finds {sizes or 'no'} groups there"
+            )
+    return None
+
+
+def _is_found(expected: Tables, by_place: Mapping[Place, list[Tables]]) -> bool:
+    first = next(iter(expected))
+    return any(
+        all(place in tables and np.array_equal(rows, tables[place]) for place, rows in expected.items())
+        for tables in (_ordered(tables, first) for tables in by_place.get(first, []))
+    )
+
+
+def _by_place(dependencies: DependencyMap) -> dict[Place, list[Tables]]:
+    families: dict[Place, list[Tables]] = {}
+    for family in dependencies.families:
+        tables = _merged(family, {})
+        for place in tables:
+            families.setdefault(place, []).append(tables)
+    return families
+
+
+def _merged(family: GroupFamily, aliases: Mapping[str, str]) -> Tables:
+    """One table per place: all indices of each group, sorted."""
+    pieces: dict[Place, list[np.ndarray]] = {}
+    for piece in family.slices:
+        place = (aliases.get(piece.parameter, piece.parameter), piece.dim)
+        pieces.setdefault(place, []).append(piece.index.reshape(family.size, -1))
+    return {place: np.sort(np.concatenate(found, axis=1), axis=1) for place, found in pieces.items()}
+
+
+def _remaining(family: GroupFamily, plan: PruningPlan) -> Tables:
+    """What the plan leaves of a family, in indices of the cut model."""
+    tables = _merged(family, plan.dependencies.aliases)
+    kept: dict[Place, list[np.ndarray]] = {}
+    for (parameter, dim), rows in tables.items():
+        removed = plan.removed_indices(parameter).get(dim)
+        if removed is None:
+            kept[parameter, dim] = list(rows)
+            continue
+        positions = np.arange(plan.dependencies.shapes[parameter][dim])
+        positions -= np.searchsorted(removed, positions)
+        kept[parameter, dim] = [positions[row[~np.isin(row, removed)]] for row in rows]
+    alive = [g for g in range(family.size) if any(len(rows[g]) for rows in kept.values())]
+    survivors: Tables = {}
+    for place, rows in kept.items():
+        lengths = {len(rows[group]) for group in alive}
+        if len(lengths) == 1 and lengths != {0}:
+            survivors[place] = np.stack([rows[group] for group in alive])
+    return _ordered(survivors, next(iter(survivors))) if survivors else {}
+
+
+def _ordered(tables: Tables, first: Place) -> Tables:
+    """Groups in the order of their smallest index at one place."""
+    order = np.argsort(tables[first][:, 0], kind="stable")
+    return {place: rows[order] for place, rows in tables.items()}
