@@ -9,8 +9,10 @@ Importing this package lets ``from_pretrained`` open checkpoints whose layers di
 from pruner_lib.assets import DEFAULT_MODEL, PAPER_CALIBRATION, load_calibration, load_model, load_text
 from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
+from pruner_lib.evaluation import count_cost, evaluate, generate, measure_latency, perplexity
 from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
 from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
+from pruner_lib.recovery import RecoverySettings, recover
 
 __version__ = "0.1.0"
 
@@ -23,14 +25,21 @@ __all__ = [
     "ImportanceScores",
     "PruningError",
     "PruningPlan",
+    "RecoverySettings",
+    "count_cost",
     "discover",
     "estimate_importance",
+    "evaluate",
+    "generate",
     "load_calibration",
     "load_model",
     "load_pruned",
     "load_text",
     "measure_importance",
+    "measure_latency",
+    "perplexity",
     "plan_pruning",
     "prune",
+    "recover",
     "save_pruned",
 ]

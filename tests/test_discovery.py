@@ -55,7 +55,11 @@ def test_two_layers_by_hand():
     neuron = found.select(kind="mlp_neuron")
     assert [f.size for f in neuron] == [4]
     each = [[0], [1], [2], [3]]
-    assert slices(neuron[0]) == {("first.weight", 0): each, ("first.bias", 0): each, ("second.weight", 1): each}
+    assert slices(neuron[0]) == {
+        ("first.weight", 0): each,
+        ("first.bias", 0): each,
+        ("second.weight", 1): each,
+    }
     (width,) = found.select(kind="hidden_channel")
     assert slices(width) == {("embed.weight", 1): [[0], [1], [2]], ("first.weight", 1): [[0], [1], [2]]}
     (tokens, output) = found.select(kind="vocabulary", cuttable=False)
@@ -70,8 +74,10 @@ def test_grouped_query_heads_by_hand(llama):
     assert heads[base + "k_proj.weight", 0] == [list(range(8)), list(range(8, 16))]
     assert heads[base + "q_proj.weight", 0] == [list(range(16)), list(range(16, 32))]
     assert heads[base + "o_proj.weight", 1] == heads[base + "q_proj.weight", 0]
-    assert set(heads) == {(base + n, d) for n, d in
-                          [("q_proj.weight", 0), ("k_proj.weight", 0), ("v_proj.weight", 0), ("o_proj.weight", 1)]}
+    assert set(heads) == {
+        (base + n, d)
+        for n, d in [("q_proj.weight", 0), ("k_proj.weight", 0), ("v_proj.weight", 0), ("o_proj.weight", 1)]
+    }
     queries = found.family("layers.1.query_head")
     assert queries.partition.tolist() == [0, 0, 1, 1]
     assert set(slices(queries)) == {(base + "q_proj.weight", 0), (base + "o_proj.weight", 1)}
@@ -97,7 +103,9 @@ def test_fused_layouts_come_apart():
 
 def test_interleaved_fused_heads_come_apart():
     neox = discover(tiny("gpt_neox", **SMALL))
-    rows = slices(neox.family("layers.0.attention_head"))["gpt_neox.layers.0.attention.query_key_value.weight", 0]
+    rows = slices(neox.family("layers.0.attention_head"))[
+        "gpt_neox.layers.0.attention.query_key_value.weight", 0
+    ]
     assert rows[2] == list(range(48, 72))
 
 
@@ -170,7 +178,9 @@ def test_operators_without_a_rule_block_and_print():
     found = discover(Unruly())
     assert list(found.without_rule) == ["renorm"]
     assert "renorm" in str(found)
-    touched = [f for f in found.families if any(s.parameter == "first.weight" and s.dim == 0 for s in f.slices)]
+    touched = [
+        f for f in found.families if any(s.parameter == "first.weight" and s.dim == 0 for s in f.slices)
+    ]
     assert [f.blocked is None for f in touched] == [False]
     assert "no rule" in touched[0].blocked
 

@@ -23,6 +23,7 @@ class DependencyMap:
     Attributes:
         families: in the order in which the model uses them.
         shapes: shape of every parameter and buffer.
+        buffers: which of them are buffers.
         aliases: other names of tied parameters → the name used in the slices.
         num_layers: number of decoder layers.
         without_rule: operators without a rule that touched labels → modules that called them.
@@ -33,6 +34,7 @@ class DependencyMap:
     aliases: Mapping[str, str]
     num_layers: int
     without_rule: Mapping[str, tuple[str, ...]]
+    buffers: frozenset[str] = frozenset()
     norms: tuple[NormIndex, ...] = ()
     _model: nn.Module | None = field(default=None, repr=False)
     _inputs: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -79,7 +81,8 @@ class DependencyMap:
         lines = [f"DependencyMap: {self.num_layers} layers, {len(self.families)} families, {total} groups"]
         lines += [f"  {row}" for row in self._rows()]
         for operator, modules in self.without_rule.items():
-            lines.append(f"  no rule for {operator} (called in {', '.join(sorted(modules)[:3])}): labels blocked")
+            called = ", ".join(sorted(modules)[:3])
+            lines.append(f"  no rule for {operator} (called in {called}): labels blocked")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -92,8 +95,11 @@ class DependencyMap:
         for (kind, size, blocked), members in rows.items():
             times = f"{len(members)} × {size:>6,}" if len(members) > 1 else f"    {size:>6,}"
             where = sorted({f.layer for f in members if f.layer is not None})
-            layers = f"layers {where[0]}–{where[-1]}" if len(where) > 1 else "" if not where else f"layer {where[0]}"
-            lines.append(f"{kind:<15} {times:>12}  {layers:<13} {'blocked: ' + blocked if blocked else ''}".rstrip())
+            layers = "" if not where else f"layer {where[0]}"
+            if len(where) > 1:
+                layers = f"layers {where[0]}–{where[-1]}"
+            why = f"blocked: {blocked}" if blocked else ""
+            lines.append(f"{kind:<15} {times:>12}  {layers:<13} {why}".rstrip())
         return lines[:40] + ([f"… and {len(lines) - 40} more rows"] if len(lines) > 40 else [])
 
     def _repr_html_(self) -> str:
@@ -135,7 +141,13 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
     without = {op: tuple(sorted(where)) for op, where in trace.without_rule.items()}
     _, count = layer_list(skeleton)
     return DependencyMap(
-        tuple(families), shapes, aliases, count, without, tuple(norms), skeleton, example_inputs
+        families=tuple(families),
+        shapes=shapes,
+        aliases=aliases,
+        num_layers=count,
+        without_rule=without,
+        buffers=frozenset(name for name, _ in skeleton.named_buffers()),
+        norms=tuple(norms),
+        _model=skeleton,
+        _inputs=example_inputs,
     )
-
-

@@ -26,7 +26,8 @@ class Link:
     because: tuple[str, ...]
 
     def __str__(self) -> str:
-        few = ", ".join(map(str, self.indices[:4])) + (f", … ({len(self.indices)})" if len(self.indices) > 4 else "")
+        more = f", … ({len(self.indices)})" if len(self.indices) > 4 else ""
+        few = ", ".join(map(str, self.indices[:4])) + more
         why = " → ".join(self.because) if self.because else "asked about"
         return f"{self.parameter}[dim {self.dim}: {few}]  {why}"
 
@@ -70,19 +71,24 @@ def explain_group(dependencies: DependencyMap, parameter: str, dim: int, index: 
     question = f"{parameter}[dim {dim}, index {index}]"
     if not families:
         return Explanation(question, (), (), ())
+    assert dependencies._model is not None
     trace, labels = run(dependencies._model, dependencies._inputs, log=True)
-    chains = _chains(trace, labels, labels[parameter][dim][index])
+    asked = labels[parameter][dim]
+    assert isinstance(asked, np.ndarray)
+    chains = _chains(trace, int(asked[index]))
     links = []
     for family, group in zip(families, groups, strict=True):
         for piece in family.slices:
             indices = tuple(piece.index[group].tolist())
-            terms = [int(labels[piece.parameter][piece.dim][i]) for i in indices]
+            carried = labels[piece.parameter][piece.dim]
+            assert isinstance(carried, np.ndarray)
+            terms = carried[list(indices)].tolist()
             because = next((chains[t] for t in terms if t in chains), ())
             links.append(Link(piece.parameter, piece.dim, indices, because))
     return Explanation(question, tuple(families), tuple(groups), tuple(links))
 
 
-def _chains(trace: Trace, labels, start: int) -> dict[int, tuple[str, ...]]:
+def _chains(trace: Trace, start: int) -> dict[int, tuple[str, ...]]:
     """Breadth-first over equations and pairs: per reachable term, the operators on the way.
 
     A step goes between equal terms, from a pair to its parts and from a part to pairs that hold it.

@@ -11,7 +11,11 @@ from torch import nn
 from .families import CoupledSlice, GroupFamily
 from .state import Dim, Trace
 
-ROLES = ("batched", "slot", "attended", "mixed", "token", "place", "embedded", "added", "returned", "read", "written")
+ROLES = (
+    *("batched", "slot", "attended", "mixed"),  # of a product of two activations
+    *("token", "place", "embedded", "added", "returned"),
+    *("read", "written"),  # of a product with a parameter
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +95,11 @@ def role_flags(trace: Trace) -> dict[str, np.ndarray]:
 
 def block_reasons(trace: Trace, cyclic: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Per class the number of its reason (0: free), and the reasons; a pair passes it to its parts."""
-    reasons = ["", "its labels contain themselves: an index pattern that has no finite description",
-               "split in two ways that have no common refinement"]
+    reasons = [
+        "",
+        "its labels contain themselves: an index pattern that has no finite description",
+        "split in two ways that have no common refinement",
+    ]
     code = np.zeros(len(trace.store), dtype=np.int64)
     numbers: dict[str, int] = {}
     for terms, reason in trace.blocks:
@@ -155,7 +162,9 @@ def layer_of(parameters: Iterable[str], path: str) -> int | None:
     return layers.pop() if len(layers) == 1 else None
 
 
-def slices_of(found: Incidence, chosen: np.ndarray, keys: np.ndarray, used: Mapping[str, int]):
+def slices_of(
+    found: Incidence, chosen: np.ndarray, keys: np.ndarray, used: Mapping[str, int]
+) -> tuple[CoupledSlice, ...]:
     """Coupled slices of a family: ``chosen`` rows of the incidence, ``keys`` the group of each row."""
     slices = []
     for pattern in np.unique(found.pattern[chosen]):
@@ -238,7 +247,9 @@ def _with_sibling(found: Incidence, chosen: np.ndarray) -> tuple[np.ndarray, np.
     return siblings * (1 << 32) + found.leaf[chosen], siblings
 
 
-def _rank(found, chosen, keys, partition):
+def _rank(
+    found: Incidence, chosen: np.ndarray, keys: np.ndarray, partition: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Number groups by the smallest index they hold in their first pattern."""
     first = found.pattern[chosen] == found.pattern[chosen].min()
     order = np.lexsort((found.index[chosen][first], keys[first]))

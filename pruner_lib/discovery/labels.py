@@ -46,7 +46,7 @@ class LabelStore:
     def __init__(self) -> None:
         self._parent = np.arange(1024, dtype=np.int32)
         self._count = 0
-        self._pairs: list[np.ndarray] = []  # each [n, 4]: term, left, right, size of the right dimension
+        self._pairs: list[np.ndarray] = []  # each [n, 4]: term, left, right, size of the right side
         self.incompatible: list[Terms] = []  # terms split in ways that have no common refinement
 
     def __len__(self) -> int:
@@ -65,7 +65,9 @@ class LabelStore:
     def pair(self, left: Terms, right: Terms) -> Terms:
         """Terms ``⟨left[i], right[j]⟩`` in row-major order, ``[len(left) * len(right)]``."""
         size = len(right)
-        return self._pair_up(np.repeat(left, size), np.tile(right, len(left)), np.full(len(left) * size, size))
+        return self._pair_up(
+            np.repeat(left, size), np.tile(right, len(left)), np.full(len(left) * size, size)
+        )
 
     def _pair_up(self, left: Terms, right: Terms, sizes: np.ndarray) -> Terms:
         terms = self.fresh(len(left))
@@ -169,7 +171,15 @@ class LabelStore:
         return True
 
     @staticmethod
-    def _news(table, whole, right, size, left_whole, left, ratio) -> np.ndarray:
+    def _news(
+        table: np.ndarray,
+        whole: np.ndarray,
+        right: np.ndarray,
+        size: np.ndarray,
+        left_whole: np.ndarray,
+        left: np.ndarray,
+        ratio: np.ndarray,
+    ) -> np.ndarray:
         """Which rows lack a known pair ``whole = ⟨·, right; size⟩`` or ``left_whole = ⟨left, ·; ratio⟩``."""
         known_right = set(zip(table[:, 0].tolist(), table[:, 2].tolist(), table[:, 3].tolist(), strict=True))
         known_left = set(zip(table[:, 0].tolist(), table[:, 1].tolist(), table[:, 3].tolist(), strict=True))
@@ -177,8 +187,13 @@ class LabelStore:
             [
                 (w, r, s) not in known_right or (lw, le, ra) not in known_left
                 for w, r, s, lw, le, ra in zip(
-                    whole.tolist(), right.tolist(), size.tolist(), left_whole.tolist(), left.tolist(),
-                    ratio.tolist(), strict=True,
+                    whole.tolist(),
+                    right.tolist(),
+                    size.tolist(),
+                    left_whole.tolist(),
+                    left.tolist(),
+                    ratio.tolist(),
+                    strict=True,
                 )
             ],
             dtype=bool,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,12 @@ aten = torch.ops.aten
 
 def tensors_of(values: Iterable[object]) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def all_tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Tensors among an operator's arguments, also those inside lists."""
+    values = [*args, *kwargs.values()]
+    return tensors_of(t for v in values for t in (v if isinstance(v, (list, tuple)) else [v]))
 
 
 def pointwise(trace: Trace, operands: Sequence[torch.Tensor], shape: Sequence[int]) -> list[Dim]:
@@ -30,23 +37,23 @@ def pointwise(trace: Trace, operands: Sequence[torch.Tensor], shape: Sequence[in
     return result
 
 
-def rule_pointwise(trace, func, args, kwargs, out):
+def rule_pointwise(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     operands = tensors_of(list(args) + list(kwargs.values()))
     shape = out.shape if isinstance(out, torch.Tensor) else out[0].shape
     dims = pointwise(trace, operands, shape)
     if func.overloadpacket in (aten.add, aten.add_) and len(operands) == 2:
         left, right = (trace.info(t) for t in operands)
-        # The sum of two activations is a residual connection; with a parameter it is only a bias.
+        # The sum of two activations may be a residual connection; with a parameter it is a bias.
         if left.source is None and right.source is None and left.learned and right.learned and dims:
             trace.record("added", dims[-1])
     return dims
 
 
-def rule_creation(trace, func, args, kwargs, out):
+def rule_creation(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return [ANY if size > 1 else None for size in out.shape]
 
 
-def rule_counting(trace, func, args, kwargs, out):
+def rule_counting(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return [None] * out.dim()
 
 
@@ -69,7 +76,7 @@ def _product(trace: Trace, left: torch.Tensor, right: torch.Tensor) -> list[Dim]
     return [*batch, a.dims[-2], b.dims[-1]]
 
 
-def rule_product(trace, func, args, kwargs, out):
+def rule_product(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     if func.overloadpacket in (aten.addmm, aten.baddbmm):
         dims = _product(trace, args[1], args[2])
         bias, rank = args[0], out.dim()
@@ -81,7 +88,7 @@ def rule_product(trace, func, args, kwargs, out):
     return _product(trace, args[0], args[1])
 
 
-def rule_linear(trace, func, args, kwargs, out):
+def rule_linear(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x, w = trace.info(args[0]), trace.info(args[1])
     trace.record("read", trace.unify([x.dims[-1], w.dims[1]], "contracted with"))
     trace.record("written", w.dims[0])
@@ -91,7 +98,7 @@ def rule_linear(trace, func, args, kwargs, out):
     return [*x.dims[:-1], result]
 
 
-def rule_attention(trace, func, args, kwargs, out):
+def rule_attention(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """Fused attention: query ``[B, H, S, d]``, key ``[B, H, T, d]``, value ``[B, H, T, e]``."""
     query, key, value = (trace.info(t).dims for t in args[:3])
     heads = trace.unify([query[1], key[1], value[1]], "multiplied, head by head, with")
@@ -102,7 +109,7 @@ def rule_attention(trace, func, args, kwargs, out):
     return [first] + [[None] * t.dim() if isinstance(t, torch.Tensor) else [] for t in out[1:]]
 
 
-def _reduced(args, kwargs, rank: int) -> list[int]:
+def _reduced(args: Any, kwargs: Any, rank: int) -> list[int]:
     given = args[1] if len(args) > 1 else kwargs.get("dim")
     if given is None or (isinstance(given, (list, tuple)) and not given):
         return list(range(rank))
@@ -115,7 +122,7 @@ def _drop(dims: Sequence[Dim], gone: Sequence[int], rank: int) -> list[Dim]:
     return [dim for k, dim in enumerate(dims) if k not in gone]
 
 
-def rule_average(trace, func, args, kwargs, out):
+def rule_average(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """mean, var, norm over a labelled dimension: the result depends on how many indices there are."""
     dims = trace.dims(args[0])
     gone = _reduced(args, kwargs, len(dims))
@@ -126,7 +133,7 @@ def rule_average(trace, func, args, kwargs, out):
     return results if isinstance(out, (list, tuple)) else results[0]
 
 
-def rule_sum(trace, func, args, kwargs, out):
+def rule_sum(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = trace.dims(args[0])
     gone = _reduced(args, kwargs, len(dims))
     for k in gone:
@@ -134,7 +141,7 @@ def rule_sum(trace, func, args, kwargs, out):
     return _drop(dims, gone, out.dim())
 
 
-def rule_compete(trace, func, args, kwargs, out):
+def rule_compete(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """softmax, cumsum, top-k, sort, argmax: along the dimension, indices compete or have an order."""
     dims = trace.dims(args[0])
     if func.overloadpacket in (aten.topk, aten.kthvalue):
@@ -146,12 +153,12 @@ def rule_compete(trace, func, args, kwargs, out):
     rest = list(dims)
     rest[dim] = None
     outs = out if isinstance(out, (list, tuple)) else [out]
-    results = [rest if t.dim() == len(rest) else [d for k, d in enumerate(rest) if k != dim % len(rest)]
-               for t in outs]
+    short = [d for k, d in enumerate(rest) if k != dim % len(rest)]
+    results = [rest if t.dim() == len(rest) else short for t in outs]
     return results if isinstance(out, (list, tuple)) else results[0]
 
 
-def rule_layer_norm(trace, func, args, kwargs, out):
+def rule_layer_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x, shape = args[0], args[1]
     dims = list(trace.dims(x))
     for k in range(1, len(shape) + 1):
@@ -163,7 +170,7 @@ def rule_layer_norm(trace, func, args, kwargs, out):
     return [dims, *rest] if isinstance(out, (list, tuple)) else dims
 
 
-def rule_embedding(trace, func, args, kwargs, out):
+def rule_embedding(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     table, ids = trace.dims(args[0]), trace.info(args[1])
     tokens = ids.from_tokens
     what = "the tokenizer gives each index its meaning" if tokens else "each index is a position in the text"
@@ -173,7 +180,7 @@ def rule_embedding(trace, func, args, kwargs, out):
     return [None] * args[1].dim() + list(table[1:])
 
 
-def rule_lookup(trace, func, args, kwargs, out):
+def rule_lookup(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """index, gather, index_select …: whatever is looked up by computed index is blocked."""
     dims = trace.dims(args[0])
     if func.overloadpacket is aten.index:
@@ -189,7 +196,7 @@ def rule_lookup(trace, func, args, kwargs, out):
     return [None if k == dim else d for k, d in enumerate(dims)]
 
 
-def rule_scatter(trace, func, args, kwargs, out):
+def rule_scatter(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """index_add, index_put, scatter …: rows chosen by computed index; other dimensions agree."""
     dims = list(trace.dims(args[0]))
     if func.overloadpacket in (aten.index_put, aten.index_put_):
@@ -203,7 +210,8 @@ def rule_scatter(trace, func, args, kwargs, out):
             elif at >= 0 and values.shape[at] == args[0].shape[k] and args[0].shape[k] > 1:
                 dims[k] = trace.unify([dims[k], trace.dims(values)[at]], "written with")
         return dims
-    dim, source = args[1] % len(dims), next((t for t in reversed(args) if isinstance(t, torch.Tensor)), None)
+    dim = args[1] % len(dims)
+    source = next((t for t in reversed(args) if isinstance(t, torch.Tensor)), None)
     for k in range(len(dims)):
         if k == dim:
             trace.block(dims[k], f"written by an index the code computes ({trace.where()})")
@@ -213,19 +221,18 @@ def rule_scatter(trace, func, args, kwargs, out):
     return dims
 
 
-def rule_same(trace, func, args, kwargs, out):
+def rule_same(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return list(trace.dims(args[0]))
 
 
-def rule_copy(trace, func, args, kwargs, out):
+def rule_copy(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return pointwise(trace, [args[0], args[1]], out.shape)
 
 
-def rule_unknown(trace: Trace, func, args, kwargs, out) -> None:
+def rule_unknown(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Unknown never means unconnected: every label that goes in is blocked, none comes out."""
-    flat = [t for v in [*args, *kwargs.values()] for t in (v if isinstance(v, (list, tuple)) else [v])]
     touched = False
-    for tensor in tensors_of(flat):
+    for tensor in all_tensors(args, kwargs):
         for dim in trace.dims(tensor):
             if isinstance(dim, np.ndarray):
                 touched = True
@@ -234,13 +241,14 @@ def rule_unknown(trace: Trace, func, args, kwargs, out) -> None:
         trace.without_rule.setdefault(trace.operator, set()).add(trace.module)
 
 
-def _all(names: str, rule) -> dict:
+def _all(names: str, rule: Callable) -> dict[Any, Callable]:
     return {getattr(aten, name): rule for name in names.split() if hasattr(aten, name)}
 
 
-POINTWISE = """add sub rsub mul div neg abs exp exp2 expm1 log log1p log2 sqrt rsqrt pow reciprocal sigmoid tanh relu
-    silu gelu leaky_relu elu softplus mish hardtanh hardswish hardsigmoid relu6 clamp clamp_min clamp_max
-    minimum maximum where masked_fill sin cos tan erf floor ceil round trunc sign fmod remainder floor_divide
+POINTWISE = """add sub rsub mul div neg abs exp exp2 expm1 log log1p log2 sqrt rsqrt pow reciprocal sigmoid
+    tanh relu silu gelu leaky_relu elu softplus mish hardtanh hardswish hardsigmoid relu6 clamp clamp_min
+    clamp_max minimum maximum where masked_fill sin cos tan erf floor ceil round trunc sign fmod remainder
+    floor_divide
     bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor eq ne lt le
     gt ge isnan isinf addcmul addcdiv lerp threshold atan2 square nan_to_num log_sigmoid_forward
     native_dropout softshrink selu celu log_sigmoid"""
@@ -251,22 +259,37 @@ RULES = {
     **_all(POINTWISE, rule_pointwise),
     **_all(" ".join(f"{name}_" for name in POINTWISE.split()), rule_pointwise),
     **_all(SAME, rule_same),
-    **_all("zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
-           "new_empty scalar_tensor empty_strided new_empty_strided zero_ fill_", rule_creation),
-    **_all("arange linspace rand randn rand_like randn_like randint one_hot eye bucketize searchsorted "
-           "tril_indices triu_indices", rule_counting),
+    **_all(
+        "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
+        "new_empty scalar_tensor empty_strided new_empty_strided zero_ fill_",
+        rule_creation,
+    ),
+    **_all(
+        "arange linspace rand randn rand_like randn_like randint one_hot eye bucketize searchsorted "
+        "tril_indices triu_indices",
+        rule_counting,
+    ),
     **_all("mm bmm addmm baddbmm", rule_product),
     **_all("linear", rule_linear),
-    **_all("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
-           "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention", rule_attention),
+    **_all(
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention",
+        rule_attention,
+    ),
     **_all("mean var std var_mean std_mean linalg_vector_norm norm", rule_average),
     **_all("sum", rule_sum),
-    **_all("_softmax _safe_softmax _log_softmax softmax cumsum cumprod topk sort argsort argmax argmin kthvalue amax amin "
-           "max min prod logsumexp any all", rule_compete),
+    **_all(
+        "_softmax _safe_softmax _log_softmax softmax cumsum cumprod topk sort argsort argmax argmin kthvalue "
+        "amax amin max min prod logsumexp any all",
+        rule_compete,
+    ),
     **_all("native_layer_norm layer_norm _fused_rms_norm rms_norm", rule_layer_norm),
     **_all("embedding", rule_embedding),
     **_all("index gather index_select take_along_dim", rule_lookup),
-    **_all("index_put index_put_ index_add index_add_ scatter scatter_ scatter_add scatter_add_ index_copy "
-           "index_copy_ scatter_reduce index_fill index_fill_", rule_scatter),
+    **_all(
+        "index_put index_put_ index_add index_add_ scatter scatter_ scatter_add scatter_add_ index_copy "
+        "index_copy_ scatter_reduce index_fill index_fill_",
+        rule_scatter,
+    ),
     **_all("copy_ copy", rule_copy),
 }

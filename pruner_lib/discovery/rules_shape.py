@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from .state import ANY, Dim, Trace
+from .state import ANY, Dim, Mark, Trace
 
 aten = torch.ops.aten
 
@@ -18,17 +19,15 @@ def _merge(trace: Trace, left: Dim, left_size: int, right: Dim, right_size: int)
         return right
     if right_size == 1:
         return left
-    if not isinstance(left, np.ndarray) and not isinstance(right, np.ndarray):
-        return None if left is None or right is None else ANY
-    if left is ANY:
+    if isinstance(left, Mark) and isinstance(right, np.ndarray):
         left = trace.store.fresh(left_size)
-    if right is ANY:
+    if isinstance(right, Mark) and isinstance(left, np.ndarray):
         right = trace.store.fresh(right_size)
-    if left is None:
+    if isinstance(left, np.ndarray):
+        return trace.store.pair(left, right) if isinstance(right, np.ndarray) else np.repeat(left, right_size)
+    if isinstance(right, np.ndarray):
         return np.tile(right, left_size)
-    if right is None:
-        return np.repeat(left, right_size)
-    return trace.store.pair(left, right)
+    return None if left is None or right is None else ANY
 
 
 def _split(trace: Trace, dim: Dim, left: int, right: int) -> tuple[Dim, Dim]:
@@ -91,11 +90,11 @@ def view(trace: Trace, dims: Sequence[Dim], old: Sequence[int], new: Sequence[in
     return out
 
 
-def rule_view(trace, func, args, kwargs, out):
+def rule_view(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return view(trace, trace.dims(args[0]), args[0].shape, out.shape)
 
 
-def rule_permute(trace, func, args, kwargs, out):
+def rule_permute(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = trace.dims(args[0])
     rank = len(dims)
     if func.overloadpacket is aten.t:
@@ -109,17 +108,17 @@ def rule_permute(trace, func, args, kwargs, out):
     return [dims[k] for k in order]
 
 
-def rule_unsqueeze(trace, func, args, kwargs, out):
+def rule_unsqueeze(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = list(trace.dims(args[0]))
     dims.insert(args[1] % (len(dims) + 1), None)
     return dims
 
 
-def rule_squeeze(trace, func, args, kwargs, out):
+def rule_squeeze(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return view(trace, trace.dims(args[0]), args[0].shape, out.shape)
 
 
-def rule_expand(trace, func, args, kwargs, out):
+def rule_expand(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims, shape = trace.dims(args[0]), args[0].shape
     lead = out.dim() - len(dims)
     learned = trace.info(args[0]).learned
@@ -133,17 +132,18 @@ def rule_expand(trace, func, args, kwargs, out):
     return result
 
 
-def rule_slice(trace, func, args, kwargs, out):
+def rule_slice(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = list(trace.dims(args[0]))
     dim = (args[1] if len(args) > 1 else 0) % len(dims)
-    if isinstance(dims[dim], np.ndarray):
+    piece = dims[dim]
+    if isinstance(piece, np.ndarray):
         start, end = (args[2] if len(args) > 2 else None), (args[3] if len(args) > 3 else None)
         step = args[4] if len(args) > 4 else 1
-        dims[dim] = dims[dim][slice(start, end, step)]
+        dims[dim] = piece[slice(start, end, step)]
     return dims
 
 
-def rule_narrow_many(trace, func, args, kwargs, out):
+def rule_narrow_many(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """split, split_with_sizes, chunk: consecutive pieces of one dimension."""
     dims = trace.dims(args[0])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(dims)
@@ -151,8 +151,9 @@ def rule_narrow_many(trace, func, args, kwargs, out):
     for piece in out:
         size = piece.shape[dim]
         one = list(dims)
-        if isinstance(dims[dim], np.ndarray):
-            one[dim] = dims[dim][start : start + size]
+        whole = dims[dim]
+        if isinstance(whole, np.ndarray):
+            one[dim] = whole[start : start + size]
         start += size
         results.append(one)
     return results
@@ -162,19 +163,19 @@ def _selected(trace: Trace, dim: Dim) -> None:
     trace.block(dim, f"indices picked one by one in the code ({trace.where()})")
 
 
-def rule_select(trace, func, args, kwargs, out):
+def rule_select(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = list(trace.dims(args[0]))
     _selected(trace, dims.pop(args[1] % (len(dims))))
     return dims
 
 
-def rule_unbind(trace, func, args, kwargs, out):
+def rule_unbind(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = list(trace.dims(args[0]))
     _selected(trace, dims.pop((args[1] if len(args) > 1 else 0) % len(dims)))
     return [list(dims) for _ in out]
 
 
-def rule_cat(trace, func, args, kwargs, out):
+def rule_cat(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     tensors = [t for t in args[0] if t.numel() or t.dim() == out.dim()]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
     result: list[Dim] = []
@@ -202,17 +203,15 @@ def _joined(trace: Trace, parts: Sequence[Dim], sizes: Sequence[int]) -> Dim:
     return np.concatenate(arrays)
 
 
-def rule_stack(trace, func, args, kwargs, out):
+def rule_stack(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     tensors = args[0]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    dims = [
-        trace.unify([trace.dims(t)[k] for t in tensors], "stacked with") for k in range(tensors[0].dim())
-    ]
+    dims = [trace.unify([trace.dims(t)[k] for t in tensors], "stacked with") for k in range(tensors[0].dim())]
     dims.insert(dim, None)
     return dims
 
 
-def rule_repeat(trace, func, args, kwargs, out):
+def rule_repeat(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims, shape = list(trace.dims(args[0])), list(args[0].shape)
     lead = out.dim() - len(dims)
     dims, shape = [None] * lead + dims, [1] * lead + shape
@@ -223,7 +222,7 @@ def rule_repeat(trace, func, args, kwargs, out):
     return result
 
 
-def rule_unfoldable(trace, func, args, kwargs, out):
+def rule_unfoldable(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """roll, flip: every index moves, so the dimension keeps no meaning."""
     dims = list(trace.dims(args[0]))
     moved = args[1] if func.overloadpacket is aten.flip else args[2]
@@ -255,5 +254,3 @@ RULES = {
     aten.roll: rule_unfoldable,
     aten.flip: rule_unfoldable,
 }
-
-

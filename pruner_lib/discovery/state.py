@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -12,15 +13,16 @@ import torch
 from .labels import LabelStore, Terms
 
 
-class _Any:
-    """The mark of a dimension of equal constants: it fits whatever it meets and ties nothing."""
+class Mark(Enum):
+    """Stands in for labels."""
 
-    def __repr__(self) -> str:
-        return "ANY"
+    ANY = "any"
 
 
-ANY = _Any()
-Dim = Terms | None | _Any
+ANY: Final = Mark.ANY
+"""A dimension of equal constants: it fits whatever it meets and ties nothing."""
+
+Dim = Terms | Mark | None
 """Labels of one dimension; None for one that is never cut (batch, sequence); ANY for equal constants."""
 
 

@@ -53,7 +53,7 @@ class LabelMode(TorchDispatchMode):
         super().__init__()
         self.trace = trace
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         outs = out if isinstance(out, (list, tuple)) else [out]
@@ -62,9 +62,7 @@ class LabelMode(TorchDispatchMode):
         trace = self.trace
         packet = func.overloadpacket
         trace.operator = packet.__name__
-        inputs = rules_math.tensors_of(
-            t for v in [*args, *kwargs.values()] for t in (v if isinstance(v, (list, tuple)) else [v])
-        )
+        inputs = rules_math.all_tensors(args, kwargs)
         rule = RULES.get(packet)
         if rule is None:
             rules_math.rule_unknown(trace, func, args, kwargs, out)
@@ -90,11 +88,11 @@ def label_parameters(trace: Trace, model: nn.Module) -> dict[str, list[Dim]]:
     """Fresh labels for every dimension of every parameter and buffer; tied ones share them."""
     labels: dict[str, list[Dim]] = {}
     parameters = set()
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
         parameters.add(name)
-        labels[name] = _label(trace, name, tensor, learned=True)
-    for name, tensor in model.named_buffers():
-        labels[name] = _label(trace, name, tensor, learned=False)
+        labels[name] = _label(trace, name, parameter, learned=True)
+    for name, buffer in model.named_buffers():
+        labels[name] = _label(trace, name, buffer, learned=False)
     kept = model.state_dict(keep_vars=True)
     for name, dims in labels.items():
         if name not in parameters and name not in kept:
@@ -161,7 +159,9 @@ def default_inputs(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return ways
 
 
-def run(model: nn.Module, example_inputs: Mapping[str, Any] | None, *, log: bool = False):
+def run(
+    model: nn.Module, example_inputs: Mapping[str, Any] | None, *, log: bool = False
+) -> tuple[Trace, dict[str, list[Dim]]]:
     """Run a meta model symbolically.
 
     Returns:

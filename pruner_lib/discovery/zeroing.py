@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -67,9 +67,9 @@ class NormOverKept(nn.Module):
                     cut = nn.Parameter(parameter.detach()[..., kept].clone(), parameter.requires_grad)
                     setattr(module, name, cut)
             if getattr(module, "normalized_shape", None) == (width,):
-                module.normalized_shape = (len(kept),)
+                vars(module)["normalized_shape"] = (len(kept),)
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = self.norm(hidden[..., self.kept], *args, **kwargs)
         full = out.new_zeros(*out.shape[:-1], self.width)
         full[..., self.kept] = out
@@ -79,7 +79,7 @@ class NormOverKept(nn.Module):
 def zero_groups(dependencies: DependencyMap, model: nn.Module, removal: Removal) -> nn.Module:
     """See :meth:`DependencyMap.zero`."""
     zeroed = copy.deepcopy(model)
-    tensors = dict(zeroed.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(zeroed.named_parameters())
     tensors.update((n, b) for n, b in zeroed.named_buffers() if n in zeroed.state_dict(keep_vars=True))
     removed: dict[str, np.ndarray] = {}
     with torch.no_grad():

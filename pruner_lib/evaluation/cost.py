@@ -75,7 +75,9 @@ def count_cost(model: nn.Module, *, batch_size: int = 1, seq_len: int = 64) -> C
             raise EvaluationError(f"{label} must be at least 1, not {value}")
     longest = context_length(model)
     if longest is not None and seq_len > longest:
-        raise EvaluationError(f"seq_len {seq_len} is beyond the model's context of {longest} tokens; lower it")
+        raise EvaluationError(
+            f"seq_len {seq_len} is beyond the model's context of {longest} tokens; lower it"
+        )
     parameters = list(model.parameters())
     skeleton = meta_copy(model)
     macs, cache_bytes = _run(skeleton, batch_size, seq_len)
@@ -102,8 +104,10 @@ def _run(skeleton: nn.Module, batch_size: int, seq_len: int) -> tuple[int, int |
             continue
         return counter.macs, _cache_bytes(getattr(output, "past_key_values", None))
     raise EvaluationError(
-        f"{type(skeleton).__name__} could not be run on the meta device, so its multiply-accumulates cannot be "
-        f"counted. Tried {'; '.join(failures)}. A forward that branches on values of its data cannot be counted"
+        f"{type(skeleton).__name__} could not be run on the meta device, so its multiply-accumulates cannot "
+        "be "
+        f"counted. Tried {'; '.join(failures)}. A forward that branches on values of its data cannot be "
+        "counted"
     )
 
 
@@ -188,8 +192,8 @@ def _formulas() -> dict[Any, Callable[[Any, Any], int]]:
     table = {"mm": _product(0), "bmm": _product(0), "mv": _product(0), "dot": _product(0)}
     table |= {"addmm": _product(1), "baddbmm": _product(1), "addmv": _product(1)}
     table |= {"convolution": _convolution, "_grouped_mm": _grouped}
-    attention = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-    attention += ("fused_attention_overrideable",)
+    attention = ["flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"]
+    attention += ["fused_attention_overrideable"]
     table |= {f"_scaled_dot_product_{name}": _attention for name in attention}
     return {getattr(aten, name): formula for name, formula in table.items() if hasattr(aten, name)}
 

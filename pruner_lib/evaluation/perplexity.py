@@ -123,11 +123,14 @@ def perplexity(
 
 def _check_length(model: nn.Module, seq_len: int) -> None:
     if seq_len < 2:
-        raise EvaluationError(f"seq_len must be at least 2 (each token is predicted from earlier ones), not {seq_len}")
+        raise EvaluationError(
+            f"seq_len must be at least 2 (each token is predicted from earlier ones), not {seq_len}"
+        )
     longest = context_length(model)
     if longest is not None and seq_len > longest:
         raise EvaluationError(
-            f"seq_len {seq_len} is beyond the model's context of {longest} tokens; use seq_len={longest} or less"
+            f"seq_len {seq_len} is beyond the model's context of {longest} tokens; use seq_len={longest} or "
+            "less"
         )
 
 
@@ -192,7 +195,8 @@ def _negative_log_likelihood(model: nn.Module, batch: Tensor, start: int) -> flo
     if not math.isfinite(total):
         row = int((~torch.isfinite(losses.view(targets.shape)).all(1)).nonzero()[0])
         raise FloatingPointError(
-            f"the loss of window {start + row} (of {batch.shape[1]} tokens) is not finite in {weight_dtype(model)}; "
+            f"the loss of window {start + row} (of {batch.shape[1]} tokens) is not finite in "
+            f"{weight_dtype(model)}; "
             "try float32 or bfloat16, and look for NaN in the weights"
         )
     return total

@@ -62,7 +62,8 @@ def require_weights(model: nn.Module, what: str) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise EvaluationError(
-            f"{what} needs a model with weights, but this one is on the meta device; load it with load_model, "
+            f"{what} needs a model with weights, but this one is on the meta device; load it with "
+            "load_model, "
             "or ask count_cost, which needs none"
         )
 

@@ -10,11 +10,12 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from pruner_lib.pruning.layer_config import enable_per_layer_config, is_marked, mark_config
+from pruner_lib.pruning.layer_config import MARK, enable_per_layer_config, mark_config
 from pruner_lib.pruning.ratios import Profile, profiles
 
 if TYPE_CHECKING:
@@ -81,13 +82,8 @@ def find_blueprint(model: nn.Module, plan: PruningPlan, target: Shapes) -> tuple
     dense = search.build({})
     if dense is None or shapes_of(dense.model) != search.shapes:
         return None
-    widths: Widths = {}
-    for profile in profiles(plan, model.config.num_hidden_layers):
-        found = search.solve(profile)
-        if found is None:
-            return None
-        widths.update(found)
-    cut = search.build(widths)
+    widths = search.solve(profiles(plan, model.config.num_hidden_layers))
+    cut = None if widths is None else search.build(widths)
     if cut is None or shapes_of(cut.model) != target or not _same_constants(dense.model, cut.model):
         return None
     return dense, cut
@@ -112,18 +108,47 @@ class _Search:
         model = build_empty(self.model_class, config)
         return None if model is None else Blueprint(config, model)
 
-    def solve(self, profile: Profile) -> Widths | None:
-        """The smallest change of entries that makes exactly this profile's dimensions shrink."""
-        wanted = dict(self.shapes)
-        for parameter, dim in profile.places:
-            shape = list(wanted[parameter])
-            shape[dim] = self.target[parameter][dim]
-            wanted[parameter] = tuple(shape)
-        for widths in self._proposals(profile):
-            blueprint = self.build(widths)
-            if blueprint is not None and shapes_of(blueprint.model) == wanted:
-                return widths
+    def solve(self, pending: tuple[Profile, ...]) -> Widths | None:
+        """Entries for all profiles, found one profile after another.
+
+        One entry may settle several (the head count of a fused projection), so a profile that finds
+        none is tried again after the others.
+        """
+        widths: Widths = {}
+        while pending:
+            for profile in pending:
+                found = self._settle(profile, widths)
+                if found is not None:
+                    widths, shapes = found
+                    pending = tuple(p for p in pending if not self._is_settled(p, shapes))
+                    break
+            else:
+                return None
+        return widths
+
+    def _settle(self, profile: Profile, widths: Widths) -> tuple[Widths, Shapes] | None:
+        """The smallest change that brings a profile to its new size and nothing to a wrong one."""
+        for proposal in self._proposals(profile):
+            together = {**widths, **proposal}
+            blueprint = self.build(together)
+            if blueprint is None:
+                continue
+            shapes = shapes_of(blueprint.model)
+            if self._is_settled(profile, shapes) and self._on_the_way(shapes):
+                return together, shapes
         return None
+
+    def _is_settled(self, profile: Profile, shapes: Shapes) -> bool:
+        return all(shapes[name][dim] == self.target[name][dim] for name, dim in profile.places)
+
+    def _on_the_way(self, shapes: Shapes) -> bool:
+        """True when every dimension has its old size or its new one."""
+        return shapes.keys() == self.shapes.keys() and all(
+            len(shape) == len(old) and all(now in both for now, *both in zip(shape, old, new, strict=True))
+            for shape, old, new in (
+                (shapes[name], self.shapes[name], self.target[name]) for name in self.shapes
+            )
+        )
 
     def _proposals(self, profile: Profile) -> Iterator[Widths]:
         entries = sorted(self._factors(profile), key=lambda entry: not self._likely(entry, profile))
@@ -161,10 +186,12 @@ class _Search:
         """``head_dim`` as it was, for configurations that would derive it from the new head count."""
         if isinstance(self.values[0].get("head_dim"), int):
             return
-        first = profile.layers[0]
-        options = {size // self.values[first][entry] for size in profile.sizes for entry in chosen
-                   if size % self.values[first][entry] == 0}
-        for option in sorted(options - {1}):
+        values = self.values[profile.layers[0]]
+        wholes = {*profile.sizes, getattr(self.config.per_layer_config[0], "hidden_size", 0)}
+        heads = {values[entry] for entry in chosen}
+        heads.add(getattr(self.config.per_layer_config[0], "num_attention_heads", 1))
+        options = {whole // count for whole in wholes for count in heads if whole % count == 0}
+        for option in sorted(options - {0, 1}):
             yield {"head_dim": dict.fromkeys(self.layers, option)}
 
     def _unset(self, profile: Profile) -> Iterator[Widths]:
@@ -182,29 +209,37 @@ class _Search:
 def _with_widths(config: PreTrainedConfig, widths: Widths) -> PreTrainedConfig | None:
     """A copy of ``config`` with new widths that survives saving and reading; None if there is none."""
     new = copy.deepcopy(config)
+    vars(new).pop(MARK, None)
+    try:
+        overrides = _set_widths(new, widths)
+        if overrides:
+            mark_config(new)
+            new.per_layer_config = overrides
+    except (StrictDataclassError, AttributeError, TypeError, ValueError):  # no place for such a number
+        return None
+    if not overrides and saved_and_read(new) is None:
+        mark_config(new)
+    return new if saved_and_read(new) is not None else None
+
+
+def _set_widths(config: PreTrainedConfig, widths: Widths) -> dict[int, dict[str, Any]]:
+    """Set, in place, what is one value in all layers; return the overrides of single layers."""
     layers = range(config.num_hidden_layers)
     overrides: dict[int, dict[str, Any]] = {}
-    if new.is_heterogeneous:
-        overrides = copy.deepcopy(new._heterogeneity_spec.per_layer_overrides)
-        new.per_layer_config = None
+    if config.is_heterogeneous:
+        overrides = copy.deepcopy(config._heterogeneity_spec.per_layer_overrides)
+        config.per_layer_config = None
     for entry, by_layer in widths.items():
-        current = {layer: overrides.get(layer, {}).get(entry, vars(new).get(entry)) for layer in layers}
+        current = {layer: overrides.get(layer, {}).get(entry, vars(config).get(entry)) for layer in layers}
         current.update(by_layer)
         for values in overrides.values():
             values.pop(entry, None)
         if len(set(current.values())) == 1:
-            setattr(new, entry, current[0])
+            setattr(config, entry, current[0])
             continue
         for layer, value in current.items():
             overrides.setdefault(layer, {})[entry] = value
-    overrides = {layer: values for layer, values in overrides.items() if values}
-    vars(new).pop("pruner_lib", None)
-    if overrides:
-        mark_config(new)
-        new.per_layer_config = overrides
-    elif saved_and_read(new) is None:
-        mark_config(new)
-    return new if saved_and_read(new) is not None else None
+    return {layer: values for layer, values in overrides.items() if values}
 
 
 def _same_constants(dense: nn.Module, cut: nn.Module) -> bool:
@@ -246,4 +281,4 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["Blueprint", "build_empty", "find_blueprint", "follow_blueprint", "is_marked", "shapes_of"]
+__all__ = ["Blueprint", "build_empty", "find_blueprint", "follow_blueprint", "saved_and_read", "shapes_of"]

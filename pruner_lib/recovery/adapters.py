@@ -28,7 +28,9 @@ def linear_modules(model: nn.Module) -> tuple[str, ...]:
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return tuple(
-        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     )
 
 
@@ -45,7 +47,8 @@ def require_no_adapter(model: nn.Module) -> None:
     if found or isinstance(model, PeftModel):
         where = f" (in {len(found)} layers, the first is {found[0]})" if found else ""
         raise RecoveryError(
-            f"the model already carries an adapter{where}; merge it with merge_and_unload() or take it off with "
+            f"the model already carries an adapter{where}; merge it with merge_and_unload() or take it off "
+            "with "
             "unload(), then recover"
         )
 
@@ -67,7 +70,8 @@ def attach_lora(model: nn.Module, settings: RecoverySettings) -> PeftModel:
     if not chosen:
         endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
         raise RecoveryError(
-            f"no linear layer matches target {settings.target!r}; this model has layers named {', '.join(endings)}"
+            f"no linear layer matches target {settings.target!r}; this model has layers named "
+            f"{', '.join(endings)}"
         )
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen,
@@ -106,7 +110,7 @@ def save_adapter(adapted: PeftModel, folder: str | os.PathLike[str]) -> Path:
     target = folder / "adapter"
     part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
     try:
-        adapted.save_pretrained(part)
+        adapted.save_pretrained(str(part))
         if target.exists():
             old = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter-old.")) / "adapter"
             os.replace(target, old)
@@ -126,11 +130,8 @@ def _is_wanted(name: str, target: str | tuple[str, ...]) -> bool:
 
 
 def _restore_config(merged: nn.Module, original: nn.Module) -> None:
-    """Entries that the trainer sets for training (such as ``use_cache``) go back."""
-    before: dict[str, Any] = vars(getattr(original, "config", object()) if hasattr(original, "config") else nn.Module())
-    config = getattr(merged, "config", None)
-    if config is None:
-        return
-    for name in ("use_cache",):
-        if name in before and getattr(config, name, None) != before[name]:
-            setattr(config, name, before[name])
+    """The trainer turns ``use_cache`` off while it trains; an interrupted one leaves it off."""
+    wanted = getattr(getattr(original, "config", None), "use_cache", None)
+    config: Any = getattr(merged, "config", None)
+    if wanted is not None and config.use_cache != wanted:
+        config.use_cache = wanted

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that takes no part in the loss
 
-TrainingData = str | Tensor | Sequence[Mapping[str, str]]
+TrainingData = str | Tensor | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,19 @@ def make_examples(
         raise RecoveryError("data is an empty list; give at least one instruction with its output")
     if tokenizer is None:
         raise RecoveryError("instructions need the model's tokenizer; got None")
-    examples = [format_instruction(tokenizer, item, seq_len=seq_len, number=i) for i, item in enumerate(data)]
+    instructions: list[Any] = list(data)
+    examples = [format_instruction(tokenizer, item, seq_len=seq_len, number=i) for i, item in enumerate(instructions)]
     usable = [example for example in examples if example.num_predicted]
     if not usable:
         raise RecoveryError(
-            f"all tokens are masked: in each of the {len(data)} examples the prompt alone fills the cut-off of "
+            f"all tokens are masked: in each of the {len(data)} examples the prompt alone fills the cut-off "
+            "of "
             f"{seq_len} tokens, so no response is left to learn from; raise seq_len"
         )
     return usable
 
 
-def instruction_prompt(item: Mapping[str, str]) -> str:
+def instruction_prompt(item: Mapping[str, Any]) -> str:
     """What the model reads before it answers.
 
     >>> instruction_prompt({"instruction": "Name a colour.", "output": "Blue."})
@@ -116,7 +118,8 @@ def format_instruction(
     for key in ("instruction", "output"):
         if not isinstance(item.get(key), str) or not item[key].strip():
             raise RecoveryError(
-                f"example {number} has no {key}: {_shorten(dict(item))}; every example needs an instruction and "
+                f"example {number} has no {key}: {_shorten(dict(item))}; every example needs an instruction "
+                "and "
                 "an output that are not empty"
             )
     if tokenizer.eos_token_id is None:
@@ -168,7 +171,9 @@ def _packed_text(tokenizer: PreTrainedTokenizerBase | None, text: str, seq_len: 
 
 def _checked_ids(ids: Tensor) -> Tensor:
     if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2:
-        raise RecoveryError(f"token ids must be integers [N, L] with L ≥ 2; got {ids.dtype} {list(ids.shape)}")
+        raise RecoveryError(
+            f"token ids must be integers [N, L] with L ≥ 2; got {ids.dtype} {list(ids.shape)}"
+        )
     if not len(ids):
         raise RecoveryError(f"data is empty: token ids of shape {list(ids.shape)}")
     return ids.detach().to("cpu", torch.long)

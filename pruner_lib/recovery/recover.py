@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,12 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train()
+            with warnings.catch_warnings():
+                # The trainer asks PEFT's wrapper for an attribute that transformers has renamed.
+                warnings.filterwarnings(
+                    "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+                )
+                trainer.train()
         except LossIsNotFinite:
             return len(recorder.history) + 1
         finally:
@@ -149,15 +155,19 @@ def _explain(step: int, settings: RecoverySettings, result: RecoveryResult) -> s
     kept = f"the state of lowest loss ({min(finite):.3f}) is" if finite else "the model as it was given is"
     where = "" if result.adapter_path is None else f" and its adapter in {result.adapter_path}"
     return (
-        f"the loss is not finite at step {step}: training stopped; {kept} kept in this error's .result{where}. "
-        f"Lower learning_rate (now {settings.learning_rate:g}) or max_grad_norm (now {settings.max_grad_norm:g}), "
+        f"the loss is not finite at step {step}: training stopped; {kept} kept in this error's "
+        f".result{where}. "
+        f"Lower learning_rate (now {settings.learning_rate:g}) or max_grad_norm (now "
+        f"{settings.max_grad_norm:g}), "
         "raise warmup_steps, or hold the weights in float32 or bfloat16"
     )
 
 
 def _require_weights(model: nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise RecoveryError("the model is on the meta device and has no weights to train; load it with load_model")
+        raise RecoveryError(
+            "the model is on the meta device and has no weights to train; load it with load_model"
+        )
 
 
 def _check_against(model: nn.Module, examples: list[Example]) -> None:
@@ -175,7 +185,8 @@ def _check_against(model: nn.Module, examples: list[Example]) -> None:
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context is not None and longest > context:
         raise RecoveryError(
-            f"the longest sequence has {longest} tokens, beyond the model's context of {context}; lower seq_len"
+            f"the longest sequence has {longest} tokens, beyond the model's context of {context}; lower "
+            "seq_len"
         )
 
 

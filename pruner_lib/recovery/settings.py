@@ -21,7 +21,7 @@ class RecoverySettings:
     """
 
     rank: int = 8  # r of LoRA
-    alpha: float = 16.0  # the update is scaled by alpha / rank
+    alpha: int = 16  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the input of A, while training
     learning_rate: float = 1e-3  # peak of AdamW; rises over the warm-up, then falls linearly to 0
     batch_size: int = 8  # sequences per optimizer step
@@ -37,7 +37,9 @@ class RecoverySettings:
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size", "micro_batch"):
-            self._require(name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
+            self._require(
+                name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1"
+            )
         self._require("seq_len", _is_whole(self.seq_len) and self.seq_len >= 2, "a whole number from 2")
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         for name in ("alpha", "learning_rate"):
@@ -47,7 +49,8 @@ class RecoverySettings:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         if self.batch_size % self.micro_batch:
             raise RecoveryError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}; a step adds "
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}; a step "
+                "adds "
                 "up whole micro-batches"
             )
         if (self.max_steps is None) == (self.epochs is None):
@@ -58,7 +61,9 @@ class RecoverySettings:
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more")
         self._require("epochs", self.epochs is None or self.epochs > 0, "above 0")
         named = isinstance(self.target, tuple) and bool(self.target)
-        self._require("target", self.target == "all-linear" or named, "'all-linear' or a tuple of module names")
+        self._require(
+            "target", self.target == "all-linear" or named, "'all-linear' or a tuple of module names"
+        )
 
     def _require(self, name: str, fine: bool, valid: str) -> None:
         if not fine:
@@ -72,8 +77,8 @@ class RecoverySettings:
             **changes: fields to set otherwise; ``max_steps=…`` also unsets ``epochs``.
         """
         values: dict[str, Any] = {
-            "rank": 8, "alpha": 16.0, "dropout": 0.05, "learning_rate": 1e-4, "batch_size": 64, "micro_batch": 4,
-            "seq_len": 256, "max_steps": None, "epochs": 2.0, "warmup_steps": 100,
+            "rank": 8, "alpha": 16, "dropout": 0.05, "learning_rate": 1e-4, "batch_size": 64,
+            "micro_batch": 4, "seq_len": 256, "max_steps": None, "epochs": 2.0, "warmup_steps": 100,
         }  # fmt: skip
         if changes.get("max_steps") is not None:
             values["epochs"] = None
