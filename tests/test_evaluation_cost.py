@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from pruner_lib.evaluation import EvaluationError, count_cost
 from pruner_lib.evaluation.cost import MatrixProducts
@@ -34,7 +41,9 @@ def expected_params(tied):
 
 def test_llama_7b_is_what_the_paper_says():
     with torch.device("meta"):
-        config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+        config = LlamaConfig(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32
+        )
         model = LlamaForCausalLM(config)
     cost = count_cost(model)
     assert (cost.batch_size, cost.seq_len) == (1, 64)
@@ -81,14 +90,19 @@ def test_meta_and_real_weights_cost_the_same_and_nothing_changes():
 def test_other_layouts(kind):
     """GPT-2's Conv1D and Phi-3's fused projections do the same work as separate linear layers."""
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS)
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_positions=32, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS
+        )
         model, weights = GPT2LMHeadModel(config), LAYERS * 12 * HIDDEN**2 + HIDDEN * VOCABULARY
     else:
         config = Phi3Config(
             vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, num_key_value_heads=HEADS, pad_token_id=0, max_position_embeddings=32,
         )  # fmt: skip
-        model, weights = Phi3ForCausalLM(config), LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP) + HIDDEN * VOCABULARY
+        model, weights = (
+            Phi3ForCausalLM(config),
+            LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * MLP) + HIDDEN * VOCABULARY,
+        )
     assert count_cost(model, seq_len=8).macs == 8 * weights + LAYERS * 2 * 8 * 8 * HIDDEN
 
 
@@ -118,7 +132,9 @@ def test_prints_its_conditions():
     assert "at 2 × 8 tokens" in str(count_cost(tiny_llama(), batch_size=2, seq_len=8))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"batch_size": 0}, "batch_size"), ({"seq_len": 65}, "64")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"batch_size": 0}, "batch_size"), ({"seq_len": 65}, "64")]
+)
 def test_refuses_with_a_reason(arguments, message):
     with pytest.raises(EvaluationError, match=message):
         count_cost(tiny_llama(), **arguments)

@@ -16,8 +16,8 @@ VOCABULARY = 50
 def tiny_llama(dtype=torch.float64, **changes):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, **changes,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        initializer_range=0.3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **changes,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -38,7 +38,9 @@ def plain_loop(model, windows):
     losses = []
     for window in windows:
         logits = model(window[None]).logits[0]
-        losses += [-functional.log_softmax(logits[t].double(), -1)[window[t + 1]] for t in range(len(window) - 1)]
+        losses += [
+            -functional.log_softmax(logits[t].double(), -1)[window[t + 1]] for t in range(len(window) - 1)
+        ]
     return math.exp(torch.stack(losses).mean()), len(losses)
 
 
@@ -103,7 +105,9 @@ def test_bos_stands_before_every_window_and_is_not_predicted():
 
 def test_max_tokens_reads_whole_windows_from_the_start():
     model, ids = tiny_llama(), stream(60)
-    assert perplexity(model, None, ids, seq_len=12, max_tokens=30) == perplexity(model, None, ids[:24], seq_len=12)
+    assert perplexity(model, None, ids, seq_len=12, max_tokens=30) == perplexity(
+        model, None, ids[:24], seq_len=12
+    )
 
 
 def test_leaves_the_model_as_it_was():
@@ -152,12 +156,12 @@ def test_a_uniform_model_is_as_perplexed_as_its_vocabulary_is_large():
 )
 def test_refuses_with_a_reason(text, arguments, message):
     with pytest.raises(EvaluationError, match=message):
-        perplexity(tiny_llama(), word_tokenizer(), text, **arguments)
+        perplexity(tiny_llama(), word_tokenizer(), text, **{"seq_len": 12, **arguments})
 
 
 def test_refuses_a_string_without_tokenizer_and_a_model_without_weights():
     with pytest.raises(EvaluationError, match="tokenizer"):
-        perplexity(tiny_llama(), None, "w1 w2")
+        perplexity(tiny_llama(), None, "w1 w2", seq_len=12)
     with pytest.raises(EvaluationError, match="meta device"):
         perplexity(tiny_llama().to("meta"), None, stream(30), seq_len=12)
 

@@ -101,7 +101,8 @@ def test_latency_has_every_combination_and_ratios_to_the_first(pair):
         assert first.first_token_ratio == first.speed_ratio == first.macs_ratio == 1.0
         assert second.first_token_ratio == pytest.approx(second.first_token / first.first_token)
         dense, pruned = (
-            count_cost(model, batch_size=first.batch_size, seq_len=first.prompt_len).macs for model in pair.values()
+            count_cost(model, batch_size=first.batch_size, seq_len=first.prompt_len).macs
+            for model in pair.values()
         )
         assert second.macs_ratio == pruned / dense < 1
         assert first.first_token > 0
@@ -112,10 +113,12 @@ def test_latency_has_every_combination_and_ratios_to_the_first(pair):
 
 
 def test_latency_warns_when_times_vary(monkeypatch, pair):
-    times = iter([(1.0, 10.0)] * 2 + [(1.0, 10.0), (1.0, 10.0), (9.0, 2.0), (1.0, 10.0), (5.0, 4.0), (1.0, 10.0)])
+    times = iter(
+        [(1.0, 10.0)] * 2 + [(1.0, 10.0), (1.0, 10.0), (9.0, 2.0), (1.0, 10.0), (5.0, 4.0), (1.0, 10.0)]
+    )
     monkeypatch.setattr("pruner_lib.evaluation.latency._decode", lambda *arguments: next(times))
     with pytest.warns(UserWarning, match=r"vary widely.*dense \("):
-        table = measure_latency(pair, repeats=3)
+        table = measure_latency(pair, prompt_lengths=(8,), repeats=3)
     assert table.rows[0].first_token == 5.0
     assert table.rows[1].spread == 0.0
 
@@ -142,7 +145,9 @@ def test_report_holds_what_the_single_functions_give(pair):
 
 
 def test_report_prints_and_saves(pair, tmp_path):
-    report = evaluate({"<dense> | 1": pair["dense"], "pruned": pair["pruned"]}, None, text=stream(60), seq_len=12)
+    report = evaluate(
+        {"<dense> | 1": pair["dense"], "pruned": pair["pruned"]}, None, text=stream(60), seq_len=12
+    )
     path = report.save(tmp_path / "report.json")
     assert EvaluationReport.load(path) == report
     assert json.loads(path.read_text())["rows"][1]["cost"]["params"] == report["pruned"].cost.params
@@ -172,7 +177,7 @@ def test_report_refuses(pair, tmp_path):
     with pytest.raises(EvaluationError, match="give the models as"):
         evaluate(pair["dense"], None)
     with pytest.raises(EvaluationError, match="model 'dense': the text has 3 tokens"):
-        evaluate(pair, None, text=stream(3))
+        evaluate(pair, None, text=stream(3), seq_len=12)
     with pytest.raises(EvaluationError, match=r"no model 'x'.*dense, pruned"):
         evaluate(pair, None)["x"]
     broken = tmp_path / "broken.json"

@@ -45,7 +45,9 @@ def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     enable_per_layer_config()
     try:
         with torch.device("meta"), no_init_weights():
-            return model_class(config)
+            model = model_class(config)
+            model.tie_weights()  # skipped with the initialisation; a tied head has no shape of its own
+            return model
     except Exception:  # whatever a model's own code raises, this configuration does not describe a model
         return None
 

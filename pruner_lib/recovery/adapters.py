@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,10 +76,7 @@ def attach_lora(model: nn.Module, settings: RecoverySettings) -> PeftModel:
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen,
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    with warnings.catch_warnings():
-        # PEFT finds by itself that Conv1D stores its weight transposed, and says so for each layer.
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        return get_peft_model(copy.deepcopy(model), config)
+    return get_peft_model(copy.deepcopy(model), config)
 
 
 def merge(adapted: PeftModel, original: nn.Module) -> nn.Module:

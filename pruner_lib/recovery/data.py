@@ -71,8 +71,10 @@ def make_examples(
         raise RecoveryError("data is an empty list; give at least one instruction with its output")
     if tokenizer is None:
         raise RecoveryError("instructions need the model's tokenizer; got None")
-    instructions: list[Any] = list(data)
-    examples = [format_instruction(tokenizer, item, seq_len=seq_len, number=i) for i, item in enumerate(instructions)]
+    items: list[Any] = list(data)
+    examples = [
+        format_instruction(tokenizer, item, seq_len=seq_len, number=i) for i, item in enumerate(items)
+    ]
     usable = [example for example in examples if example.num_predicted]
     if not usable:
         raise RecoveryError(

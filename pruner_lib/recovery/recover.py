@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from pruner_lib.recovery.training import (
     Progress,
     Recorder,
     own_random_state,
+    quiet,
     training_arguments,
 )
 
@@ -73,7 +73,7 @@ def recover(
     _require_weights(model)
     examples = make_examples(tokenizer, data, seq_len=settings.seq_len)
     _check_against(model, examples)
-    with own_random_state(settings.seed):
+    with own_random_state(settings.seed), quiet():
         adapted = attach_lora(model, settings)
         trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         recorder = Recorder(trainable, on_step)
@@ -122,12 +122,7 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            with warnings.catch_warnings():
-                # The trainer asks PEFT's wrapper for an attribute that transformers has renamed.
-                warnings.filterwarnings(
-                    "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-                )
-                trainer.train()
+            trainer.train()
         except LossIsNotFinite:
             return len(recorder.history) + 1
         finally:

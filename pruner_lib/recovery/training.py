@@ -6,6 +6,7 @@ import math
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,17 @@ def own_random_state(seed: int) -> Iterator[None]:
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
             os.environ.update(environment)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the engines say to each other and no caller can act on."""
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        # PEFT finds by itself that Conv1D stores its weight transposed, and says so for each layer.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+        yield
 
 
 def training_arguments(settings: RecoverySettings, device: torch.device, folder: str) -> TrainingArguments:

@@ -1,0 +1,111 @@
+"""Training examples, token by token."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pruner_lib.recovery import RecoveryError, format_instruction, instruction_prompt
+from pruner_lib.recovery.data import collate, make_examples
+
+WORDS = ["<s>", "</s>", "<unk>", "###", "Instruction:", "Input:", "Response:", "Add", "them.", "2", "3", "5"]
+IDS = {word: number for number, word in enumerate(WORDS)}
+ADD = {"instruction": "Add them.", "input": "2 3", "output": "5"}
+
+
+def word_tokenizer(bos=False, **special):
+    """One token per word between spaces; with ``bos`` it begins texts with <s>, as Llama's does."""
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        special["bos_token"] = "<s>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "</s>", **special})
+
+
+def test_one_example_token_by_token():
+    example = format_instruction(word_tokenizer(), ADD, seq_len=64)
+    expected = [
+        ("###", False), ("Instruction:", False), ("Add", False), ("them.", False),
+        ("###", False), ("Input:", False), ("2", False), ("3", False),
+        ("###", False), ("Response:", False),
+        ("5", True), ("</s>", True),
+    ]  # fmt: skip
+    assert example.input_ids.tolist() == [IDS[word] for word, _ in expected]
+    assert example.labels.tolist() == [IDS[word] if learnt else -100 for word, learnt in expected]
+    assert example.num_predicted == 2
+
+
+def test_the_prompt_as_text():
+    assert instruction_prompt(ADD) == "### Instruction:\nAdd them.\n\n### Input:\n2 3\n\n### Response:\n"
+    assert "### Input" not in instruction_prompt({**ADD, "input": " "})
+    assert "### Input" not in instruction_prompt({"instruction": "Add them.", "output": "5"})
+
+
+def test_bos_stands_where_the_tokenizer_puts_it():
+    plain = format_instruction(word_tokenizer(), ADD, seq_len=64)
+    example = format_instruction(word_tokenizer(bos=True), ADD, seq_len=64)
+    assert example.input_ids.tolist() == [IDS["<s>"], *plain.input_ids.tolist()]
+    assert example.labels.tolist() == [-100, *plain.labels.tolist()]
+
+
+def test_the_cut_off_takes_the_end_away():
+    example = format_instruction(word_tokenizer(), ADD, seq_len=11)
+    assert example.input_ids[-1] == IDS["5"]
+    assert example.num_predicted == 1
+
+
+def test_examples_whose_response_is_cut_off_are_left_out():
+    long = {**ADD, "instruction": "Add " * 50}
+    assert len(make_examples(word_tokenizer(), [long, ADD, long], seq_len=20)) == 1
+    with pytest.raises(RecoveryError, match=r"all tokens are masked.*2 examples.*cut-off of 20"):
+        make_examples(word_tokenizer(), [long, long], seq_len=20)
+
+
+@pytest.mark.parametrize(
+    ("item", "missing"),
+    [
+        ({"instruction": "Add them.", "input": "2 3"}, "output"),
+        ({**ADD, "output": "  "}, "output"),
+        ({**ADD, "output": None}, "output"),
+        ({"input": "2", "output": "5"}, "instruction"),
+    ],
+)
+def test_an_example_without_response_or_instruction_is_named(item, missing):
+    with pytest.raises(RecoveryError, match=f"example 1 has no {missing}"):
+        make_examples(word_tokenizer(), [ADD, item], seq_len=64)
+
+
+def test_instructions_need_an_end_token_and_a_tokenizer():
+    with pytest.raises(RecoveryError, match="EOS"):
+        make_examples(word_tokenizer(eos_token=None), [ADD], seq_len=64)
+    with pytest.raises(RecoveryError, match="tokenizer"):
+        make_examples(None, [ADD], seq_len=64)
+
+
+def test_text_is_packed_without_padding_or_special_tokens():
+    examples = make_examples(word_tokenizer(bos=True), "2 3 5 2 3 5 2", seq_len=3)
+    assert [example.input_ids.tolist() for example in examples] == [[9, 10, 11], [9, 10, 11]]
+    assert [example.labels.tolist() for example in examples] == [[-100, 10, 11], [-100, 10, 11]]
+    with pytest.raises(RecoveryError, match="7 tokens, too few for one window of 8"):
+        make_examples(word_tokenizer(), "2 3 5 2 3 5 2", seq_len=8)
+
+
+def test_token_ids_are_taken_row_by_row():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    examples = make_examples(None, ids, seq_len=128)
+    assert [example.labels.tolist() for example in examples] == [[-100, 2, 3], [-100, 5, 6]]
+    examples[0].input_ids[0] = 9
+    examples[0].labels[1] = 9
+    assert ids[0, 1] == 2
+
+
+def test_batches_are_padded_on_the_right_and_padding_is_masked():
+    tokenizer = word_tokenizer()
+    short = {**ADD, "input": ""}
+    batch = collate(make_examples(tokenizer, [ADD, short], seq_len=64), pad_token=1)
+    assert batch["input_ids"].shape == (2, 12)
+    assert batch["attention_mask"].sum(1).tolist() == [12, 8]
+    assert batch["input_ids"][1, 8:].tolist() == [1] * 4
+    assert batch["labels"][1, 8:].tolist() == [-100] * 4
+    assert batch["labels"][1, 6:8].tolist() == [IDS["5"], IDS["</s>"]]
