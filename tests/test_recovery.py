@@ -31,7 +31,8 @@ def tiny_llama(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        initializer_range=0.2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **changes,
+        initializer_range=0.2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, **changes,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

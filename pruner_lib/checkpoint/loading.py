@@ -37,11 +37,12 @@ def load_pruned(directory: str | os.PathLike[str]) -> PreTrainedModel:
     _check_folder(folder)
     enable_per_layer_config()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype="auto"
         )
     except Exception as error:  # transformers raises errors of many kinds for a folder it cannot open
         raise CheckpointError(f"cannot open {folder}: {type(error).__name__}: {error}") from error
+    model, report = opened
     _check_report(folder, report)
     return model.eval()
 

@@ -224,10 +224,10 @@ def _with_widths(config: PreTrainedConfig, widths: Widths) -> PreTrainedConfig |
     return new if saved_and_read(new) is not None else None
 
 
-def _set_widths(config: PreTrainedConfig, widths: Widths) -> dict[int, dict[str, Any]]:
+def _set_widths(config: PreTrainedConfig, widths: Widths) -> dict[int | str, dict[str, Any]]:
     """Set, in place, what is one value in all layers; return the overrides of single layers."""
     layers = range(config.num_hidden_layers)
-    overrides: dict[int, dict[str, Any]] = {}
+    overrides: dict[int | str, dict[str, Any]] = {}
     if config.is_heterogeneous:
         overrides = copy.deepcopy(config._heterogeneity_spec.per_layer_overrides)
         config.per_layer_config = None

@@ -43,7 +43,7 @@ def enable_per_layer_config() -> None:
         return
     _patch(PreTrainedModel, "__init__", _model_init)
     _patch(PreTrainedModel, "set_attn_implementation", _set_attention)
-    original = PreTrainedConfig.from_dict.__func__
+    original = vars(PreTrainedConfig)["from_dict"].__func__
 
     @functools.wraps(original)
     def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def enable_per_layer_config() -> None:
             _relax_validation(cls)
         return original(cls, config_dict, **kwargs)
 
-    PreTrainedConfig.from_dict = classmethod(from_dict)
+    setattr(PreTrainedConfig, "from_dict", classmethod(from_dict))  # noqa: B010
 
 
 def _patch(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -77,7 +77,7 @@ def _set_attention(original: Callable[..., Any]) -> Callable[..., Any]:
             # Each layer holds its own copy of the configuration, which must not keep the old choice.
             for module in self.modules():
                 config = module.__dict__.get("config")
-                if is_marked(config):
+                if config is not None and is_marked(config):
                     config._attn_implementation_internal = self.config._attn_implementation_internal
         return result
 
@@ -104,7 +104,7 @@ def _layer_init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         config = bound.arguments.get("config")
-        if is_marked(config) and config.is_heterogeneous:
+        if config is not None and is_marked(config) and config.is_heterogeneous:
             layers = [bound.arguments[name] for name in _LAYER_ARGUMENTS if name in bound.arguments]
             if not layers or layers[0] is None:
                 raise RuntimeError(

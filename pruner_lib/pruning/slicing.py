@@ -72,7 +72,7 @@ def follow_shapes(model: nn.Module) -> None:
                     if isinstance(module.__dict__.get(attribute), int):
                         setattr(module, attribute, weight.shape[dim])
         if isinstance(module.__dict__.get("normalized_shape"), tuple):
-            module.normalized_shape = tuple(weight.shape)
+            vars(module)["normalized_shape"] = tuple(weight.shape)
 
 
 def _sliced(tensor: torch.Tensor, name: str, plan: PruningPlan) -> torch.Tensor:

@@ -84,17 +84,17 @@ def _remaining(family: GroupFamily, plan: PruningPlan) -> Tables:
     for (parameter, dim), rows in tables.items():
         removed = plan.removed_indices(parameter).get(dim)
         if removed is None:
-            kept[parameter, dim] = list(rows)
+            kept[parameter, dim] = [*rows]
             continue
         positions = np.arange(plan.dependencies.shapes[parameter][dim])
         positions -= np.searchsorted(removed, positions)
         kept[parameter, dim] = [positions[row[~np.isin(row, removed)]] for row in rows]
     alive = [g for g in range(family.size) if any(len(rows[g]) for rows in kept.values())]
     survivors: Tables = {}
-    for place, rows in kept.items():
-        lengths = {len(rows[group]) for group in alive}
+    for place, left in kept.items():
+        lengths = {len(left[group]) for group in alive}
         if len(lengths) == 1 and lengths != {0}:
-            survivors[place] = np.stack([rows[group] for group in alive])
+            survivors[place] = np.stack([left[group] for group in alive])
     return _ordered(survivors, next(iter(survivors))) if survivors else {}
 
 
