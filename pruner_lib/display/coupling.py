@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pruner_lib.discovery import CoupledSlice, DependencyMap, GroupFamily
-from pruner_lib.display.style import COLOURS, GREY, HATCHES, INK, new_figure, short
+from pruner_lib.display.style import COLOURS, GREY, HATCHES, INK, layer_of, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,12 @@ def draw_family(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, piece in zip(axes.flat, pieces, strict=False):
-        _draw_piece(axis, piece, dependencies.shapes[piece.parameter], chosen)
+        shape = dependencies.shapes[piece.parameter]
+        _draw_piece(axis, piece, shape, chosen)
+        layer = layer_of(piece.parameter) if found.layer is None else None
+        where = "" if layer is None else f"layer {layer}, "
+        sizes = " × ".join(f"{size:,}" for size in shape)
+        axis.set_title(f"{short(piece.parameter)}\n{where}{sizes}", fontsize=9)
     listed = ", ".join(map(str, chosen))
     figure.suptitle(f"{found.name}: group{'s' if len(chosen) > 1 else ''} {listed} of {found.size}")
     return figure
@@ -92,8 +97,6 @@ def _draw_piece(axis: Any, piece: CoupledSlice, shape: tuple[int, ...], groups: 
             axis.add_patch(Rectangle(*box, facecolor=colour, edgecolor=INK, linewidth=0.3, hatch=hatch))
     side = max(tall, wide) * 1.02
     axis.set(xlim=(-0.02 * side, side), ylim=(side, -0.02 * side), aspect="equal")
-    sizes = " × ".join(f"{size:,}" for size in shape)
-    axis.set_title(f"{short(piece.parameter)}\n{sizes}", fontsize=9)
 
 
 def _runs(indices: np.ndarray, size: int) -> list[tuple[float, float]]:

@@ -135,7 +135,7 @@ def plot_ranks(
         line(count - 0.5, color=INK, linewidth=0.8, linestyle="--")
     names = [scores.criterion or "scores" for scores in (first, second)]
     tidy(axes, title=family, xlabel=f"rank by {names[0]}", ylabel=f"rank by {names[1]}")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="upper left", framealpha=0.95)
     return figure
 
 

@@ -26,7 +26,7 @@ def plot_plan(plan: PruningPlan) -> Figure:
     gone = (before - after) / 1e6
     bars.bar(layers, gone, bottom=after / 1e6, color=GREY, edgecolor=INK, hatch="///", label="removed")
     tidy(bars, title="parameters of each layer", xlabel="layer", ylabel="million")
-    bars.legend(frameon=False, loc="lower right")
+    bars.legend(loc="lower right", framealpha=0.95)
     for place, kind in enumerate(dict.fromkeys(plan.dependencies.family(n).kind for n in plan.removal)):
         families = plan.dependencies.select(kind=kind)
         share = [100 * plan.kept_sizes[f.name] / f.size for f in families]

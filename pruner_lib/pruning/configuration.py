@@ -136,7 +136,7 @@ class _Search:
             if blueprint is None:
                 continue
             shapes = shapes_of(blueprint.model)
-            if self._is_settled(profile, shapes) and self._on_the_way(shapes):
+            if self._on_the_way(shapes) and self._is_settled(profile, shapes):
                 return together, shapes
         return None
 

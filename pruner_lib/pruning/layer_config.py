@@ -9,6 +9,7 @@ of ``pruner_lib`` such a checkpoint does not open, it raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 MARK = "pruner_lib"
@@ -118,24 +120,27 @@ def _layer_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _relax_validation(config_class: type) -> None:
-    """Let marked configurations pass the checks of widths that only a dense model has to meet.
+    """Let marked configurations pass checks that only a model of one width has to meet.
 
-    Llama's, for one, wants ``hidden_size`` to be a multiple of the head count even where
-    ``head_dim`` is given.
+    Llama's wants ``hidden_size`` to be a multiple of the head count even where ``head_dim`` is
+    given; others read one width for all layers.
     """
     validators = config_class.__dict__.get("__class_validators__")
     if validators is None:
         return
     for position, validator in enumerate(validators):
-        if validator.__name__ == "validate_architecture" and not getattr(validator, _WRAPPED, False):
-            validators[position] = _unless_marked(validator)
+        if not getattr(validator, _WRAPPED, False):
+            validators[position] = _lenient_when_marked(validator)
 
 
-def _unless_marked(validator: Callable[[Any], None]) -> Callable[[Any], None]:
+def _lenient_when_marked(validator: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(validator)
     def validate(config: Any) -> None:
         if not is_marked(config):
             validator(config)
+        elif validator.__name__ != "validate_architecture":
+            with contextlib.suppress(AmbiguousGlobalPerLayerAttributeError):
+                validator(config)
 
     setattr(validate, _WRAPPED, True)
     return validate

@@ -80,21 +80,18 @@ def _merged(family: GroupFamily, aliases: Mapping[str, str]) -> Tables:
 def _remaining(family: GroupFamily, plan: PruningPlan) -> Tables:
     """What the plan leaves of a family, in indices of the cut model."""
     tables = _merged(family, plan.dependencies.aliases)
-    kept: dict[Place, list[np.ndarray]] = {}
+    moved: dict[Place, tuple[np.ndarray, np.ndarray]] = {}  # new index of each entry, and whether it stays
     for (parameter, dim), rows in tables.items():
-        removed = plan.removed_indices(parameter).get(dim)
-        if removed is None:
-            kept[parameter, dim] = [*rows]
-            continue
-        positions = np.arange(plan.dependencies.shapes[parameter][dim])
-        positions -= np.searchsorted(removed, positions)
-        kept[parameter, dim] = [positions[row[~np.isin(row, removed)]] for row in rows]
-    alive = [g for g in range(family.size) if any(len(rows[g]) for rows in kept.values())]
+        size = plan.dependencies.shapes[parameter][dim]
+        stays = np.ones(size, dtype=bool)
+        stays[plan.removed_indices(parameter).get(dim, np.zeros(0, dtype=np.int64))] = False
+        moved[parameter, dim] = (np.cumsum(stays) - 1)[rows], stays[rows]
+    alive = np.logical_or.reduce([kept.any(axis=1) for _, kept in moved.values()])
     survivors: Tables = {}
-    for place, left in kept.items():
-        lengths = {len(left[group]) for group in alive}
-        if len(lengths) == 1 and lengths != {0}:
-            survivors[place] = np.stack([left[group] for group in alive])
+    for place, (index, kept) in moved.items():
+        widths = np.unique(kept[alive].sum(axis=1))
+        if len(widths) == 1 and widths[0]:
+            survivors[place] = index[alive][kept[alive]].reshape(-1, widths[0])
     return _ordered(survivors, next(iter(survivors))) if survivors else {}
 
 
