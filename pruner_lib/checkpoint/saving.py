@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -37,9 +38,9 @@ def save_pruned(
 
     A model with one width in all layers opens with plain ``AutoModelForCausalLM.from_pretrained``.
     One whose layers differ opens the same way once ``pruner_lib`` is imported, and raises without it.
-    The folder is written beside its final place and renamed into it: whenever the program is
-    killed, ``directory`` holds the old checkpoint or the new one, whole. (Between the two renames of
-    a replacement the old one waits, whole, under the name ``.<directory>.old``, from where the next
+    The folder is written beside its final place and takes its name in one step: whenever the program
+    is killed, ``directory`` holds the old checkpoint or the new one, whole. (Where the system cannot
+    exchange two folders, the old one waits under ``.<directory>.old`` between two renames; the next
     ``save_pruned`` or ``load_pruned`` brings it back.)
 
     Args:
@@ -174,12 +175,24 @@ def _flush(folder: Path) -> None:
 def _swap(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.replace(temporary, target)
-        return
-    old = _old_name(target)
-    os.replace(target, old)
+    elif _exchange(temporary, target):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        old = _old_name(target)
+        os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step, where the system can (Linux); False where it cannot."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
     try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

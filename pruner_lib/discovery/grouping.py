@@ -180,11 +180,15 @@ def slices_of(
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """Families with, per leaf class, the family and the group it decides (-1: none)."""
+    """Families with, per leaf class, the family it decides (-1: none).
+
+    ``group_of`` maps a family's position to its sorted classes and the group of each; for query heads a
+    class is a pair (KV head, slot) as :func:`pair_keys` numbers it.
+    """
 
     families: tuple[GroupFamily, ...]
     family_of: np.ndarray
-    group_of: np.ndarray
+    group_of: Mapping[int, tuple[np.ndarray, np.ndarray]]
 
 
 def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.Module) -> Grouping:
@@ -213,17 +217,21 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
                 blocked = blocked or "the same query slot is used outside its key-value head"
             elif code[partition].any():
                 blocked = blocked or reasons[code[partition][code[partition] > 0][0]]
+        named = keys
         keys, partition = _rank(found, chosen, keys, partition)
         slices = slices_of(found, chosen, keys, trace.used)
         layer = layer_of({s.parameter for s in slices}, path)
         family = GroupFamily("", kind, layer, len(np.unique(keys)), slices, blocked, (), partition)
-        made.append((family, found.leaf[chosen], keys))
-    families = [_without_own_size(family, [f for f, _, _ in made]) for family, _, _ in made]
+        made.append((family, found.leaf[chosen], named, keys))
+    families = [_without_own_size(family, [f for f, *_ in made]) for family, *_ in made]
     rank = sorted(range(len(made)), key=lambda k: _first_use(families[k], trace.used))
-    family_of, group_of = np.full((2, len(trace.store)), -1, dtype=np.int64)
+    family_of = np.full(len(trace.store), -1, dtype=np.int64)
+    group_of: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for position, k in enumerate(rank):
-        if families[k].partition is None:
-            family_of[made[k][1]], group_of[made[k][1]] = position, made[k][2]
+        _, leaf_of_row, named, keys = made[k]
+        family_of[leaf_of_row] = position
+        classes, first = np.unique(named, return_index=True)
+        group_of[position] = classes, keys[first]
     return Grouping(tuple(_named([families[k] for k in rank])), family_of, group_of)
 
 
@@ -235,16 +243,29 @@ def _first_use(family: GroupFamily, used: Mapping[str, int]) -> tuple[int, int, 
 def _with_sibling(found: Incidence, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Key each row by (KV head, query slot): query heads are independent inside each KV head."""
     rows = np.flatnonzero(np.isin(found.pattern, np.unique(found.pattern[chosen])))
-    width = int(found.index.max()) + 1
-    place = (found.pattern * width + found.index) * (1 << 12) + found.path
-    order = rows[np.argsort(place[rows])]
-    wanted = (found.pattern[chosen] * width + found.index[chosen]) * (1 << 12) + (found.path[chosen] ^ 1)
-    at = np.searchsorted(place[order], wanted)
-    at[at == len(order)] = 0
-    siblings = np.where(place[order][at] == wanted, found.leaf[order][at], -1).astype(np.int64)
-    if (siblings < 0).any() or (found.path[chosen] % 2 == 0).any():
+    place = found.pattern * (int(found.index.max()) + 1) + found.index
+    owner = siblings(place[rows], found.path[rows], found.leaf[rows], place[chosen], found.path[chosen])
+    if (owner < 0).any() or (found.path[chosen] % 2 == 0).any():
         return found.leaf[chosen].astype(np.int64), None
-    return siblings * (1 << 32) + found.leaf[chosen], siblings
+    return pair_keys(owner, found.leaf[chosen]), owner
+
+
+def pair_keys(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """One number per pair of classes."""
+    return left.astype(np.int64) * (1 << 32) + right
+
+
+def siblings(
+    place: np.ndarray, path: np.ndarray, leaf: np.ndarray, asked_place: np.ndarray, asked_path: np.ndarray
+) -> np.ndarray:
+    """The leaf that is the other half of a pair, at the same place; -1 where that is a pair itself."""
+    depth = 1 << 12
+    address = place.astype(np.int64) * depth + path
+    order = np.argsort(address)
+    wanted = asked_place.astype(np.int64) * depth + (asked_path ^ 1)
+    at = np.searchsorted(address[order], wanted)
+    at[at == len(order)] = 0
+    return np.where(address[order][at] == wanted, leaf[order][at], -1).astype(np.int64)
 
 
 def _rank(

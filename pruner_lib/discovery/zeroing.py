@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .families import Removal
-from .grouping import Grouping
+from .grouping import Grouping, pair_keys, siblings
 from .state import Trace
 
 if TYPE_CHECKING:
@@ -34,22 +34,28 @@ def norm_indices(trace: Trace, grouping: Grouping) -> list[NormIndex]:
     if not events:
         return []
     sizes = [len(event.labels) for event in events.values()]
-    rows, leaves, _, _ = trace.store.leaves(np.concatenate([event.labels for event in events.values()]))
+    rows, leaves, paths, _ = trace.store.leaves(np.concatenate([event.labels for event in events.values()]))
     order = np.argsort(rows, kind="stable")
-    rows, leaves = rows[order], leaves[order]
+    rows, leaves, paths = rows[order], leaves[order], paths[order]
     ends = np.cumsum(sizes)
     found = []
     for module, size, end in zip(events, sizes, ends, strict=True):
         here = slice(*np.searchsorted(rows, (end - size, end)))
-        row, leaf = rows[here] - (end - size), leaves[here]
+        row, leaf, path = rows[here] - (end - size), leaves[here], paths[here]
         for number in np.unique(grouping.family_of[leaf]):
-            family = grouping.families[number]
             mine = grouping.family_of[leaf] == number
-            if number < 0 or mine.sum() % family.size:
+            if number < 0 or mine.sum() % grouping.families[number].size:
                 continue
-            order = np.lexsort((row[mine], grouping.group_of[leaf[mine]]))
-            table = row[mine][order].reshape(family.size, -1)
-            found.append(NormIndex(module, family.name, size, table))
+            names = leaf[mine].astype(np.int64)
+            if grouping.families[number].partition is not None:
+                names = pair_keys(siblings(row, path, leaf, row[mine], path[mine]), leaf[mine])
+            classes, groups = grouping.group_of[int(number)]
+            at = np.minimum(np.searchsorted(classes, names), len(classes) - 1)
+            if (classes[at] != names).any():
+                continue  # a norm over bare slots: the family is blocked there
+            table = row[mine][np.lexsort((row[mine], groups[at]))]
+            family = grouping.families[number]
+            found.append(NormIndex(module, family.name, size, table.reshape(family.size, -1)))
     return found
 
 

@@ -1,0 +1,51 @@
+"""The oracle: cutting any subset of groups gives the logits of the full model with them zeroed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pruner_lib.discovery import GroupFamily, discover
+from pruner_lib.pruning import PruningPlan, prune
+from tests.zoo import CONFIGURATIONS, tiny
+
+KINDS = ("mlp_neuron", "attention_head", "query_head", "hidden_channel", "qk_channel", "value_channel")
+TOKENS = torch.arange(3, 15).reshape(2, 6)
+
+
+def random_groups(family: GroupFamily, random: np.random.Generator) -> list[int]:
+    """Any groups but all; of query heads the same number in every KV group."""
+    if family.partition is None:
+        count = int(random.integers(1, family.size)) if family.size > 1 else 0
+        return sorted(random.choice(family.size, count, replace=False).tolist())
+    parts = [np.flatnonzero(family.partition == part) for part in np.unique(family.partition)]
+    count = int(random.integers(1, len(parts[0]))) if len(parts[0]) > 1 else 0
+    return sorted(int(g) for part in parts for g in random.choice(part, count, replace=False))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+CASES = [(name, kind) for name in CONFIGURATIONS for kind in KINDS]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_cut_equals_zeroed(name, kind):
+    model = tiny(name)
+    dependencies = discover(model)
+    families = dependencies.select(kind=kind)
+    random = np.random.default_rng(len(name))
+    removal = {f.name: groups for f in families if (groups := random_groups(f, random))}
+    if not removal:
+        blocked = [f.blocked for f in dependencies.select(kind=kind, cuttable=False)]
+        assert all(blocked) or kind in ("attention_head", "query_head")
+        return
+    plan = PruningPlan.from_removal(dependencies, removal)
+    cut, zeroed = prune(model, plan), dependencies.zero(model, removal)
+    difference = (logits(cut) - logits(zeroed)).abs().max().item()
+    assert difference < 1e-9, f"max difference {difference:.2e} after removing {removal}"
+    assert (logits(cut) - logits(model)).abs().max() > 1e-6, "the groups removed did not matter"
+    assert sum(p.numel() for p in cut.parameters()) == plan.params_after

@@ -1,0 +1,85 @@
+"""Tiny random decoders of many architectures, made from transformers' own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+WIDE = {**GROUPED, "head_dim": 8}
+GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", GROUPED),
+    "llama_mha": ("llama", SMALL),
+    "mistral": ("mistral", GROUPED),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", WIDE),
+    "gemma": ("gemma", WIDE),
+    "gemma2": ("gemma2", WIDE),
+    "gemma3": ("gemma3_text", WIDE),
+    "phi": ("phi", GROUPED),
+    "phi3": ("phi3", GROUPED),
+    "glm": ("glm", WIDE),
+    "glm4": ("glm4", WIDE),
+    "gpt2": ("gpt2", {**GPT, **SPECIAL}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            **{k: v for k, v in SMALL.items() if k not in ("num_hidden_layers", "num_attention_heads")},
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
+    "gptj": ("gptj", {**GPT, **SPECIAL, "rotary_dim": 4}),
+    "gpt_neox": ("gpt_neox", SMALL),
+    "opt": (
+        "opt",
+        {
+            **{k: v for k, v in SMALL.items() if k != "intermediate_size"},
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 32,
+        },
+    ),
+    "bloom": ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL}),
+    "falcon_old": ("falcon", {**SMALL, "multi_query": True, "new_decoder_architecture": False}),
+    "falcon_new": ("falcon", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "mpt": (
+        "mpt",
+        {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **SPECIAL},
+    ),
+    "stablelm": ("stablelm", GROUPED),
+    "olmo2": ("olmo2", GROUPED),
+    "starcoder2": ("starcoder2", GROUPED),
+    "granite": ("granite", GROUPED),
+    "gpt_bigcode": ("gpt_bigcode", {**GPT, **SPECIAL, "n_inner": 48}),
+}
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A random model with weights large enough that every head and neuron matters."""
+    model_type, settings = CONFIGURATIONS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).to(dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+            parameter.copy_(noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise)
+    return model
