@@ -30,8 +30,14 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
     "gemma2": {**GQA, "head_dim": 8},
     "phi3": GQA,
     "gpt2": GPT2,
-    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 32,
+    },
     "gpt_neox": {**GQA},
 }
 
@@ -39,7 +45,12 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
 def tiny(kind: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random float64 model whose every weight matters."""
     config = AutoConfig.for_model(
-        kind, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**ARCHITECTURES[kind], **changes}
+        kind,
+        vocab_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **{**ARCHITECTURES[kind], **changes},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -143,10 +154,19 @@ def test_sizes_in_modules_and_configuration_follow() -> None:
     removal |= {f"layers.{i}.mlp_neuron": [0, 1, 2, i + 3] for i in range(3)}
     pruned = cut(model, removal)
     config = pruned.config
-    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size)
+    sizes = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.intermediate_size,
+    )
     assert sizes == (4, 2, 8, 44)
     attention = pruned.model.layers[0].self_attn
-    assert (attention.q_proj.out_features, attention.o_proj.in_features, attention.k_proj.out_features) == (32, 32, 16)
+    assert (attention.q_proj.out_features, attention.o_proj.in_features, attention.k_proj.out_features) == (
+        32,
+        32,
+        16,
+    )
     assert attention.num_key_value_groups == 2
     assert not config.is_heterogeneous
 

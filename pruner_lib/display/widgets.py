@@ -21,7 +21,7 @@ from pruner_lib.display.plan_cost import PlanCost
 from pruner_lib.display.results import describe_plan, plot_plan
 from pruner_lib.evaluation import Cost, generate
 from pruner_lib.importance import ImportanceScores
-from pruner_lib.pruning import plan_pruning
+from pruner_lib.pruning import PruningPlan, plan_pruning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,7 +195,8 @@ class PlanExplorer(Panel):
     def __init__(self, model: nn.Module, dependencies: DependencyMap, scores: Any) -> None:
         self._dependencies, self._scores = dependencies, scores
         self._cost = PlanCost(model)
-        self.plan, self.cost = None, self._cost.dense
+        self.plan: PruningPlan | None = None
+        self.cost = self._cost.dense
         last = max(0, dependencies.num_layers - 1)
         kinds = list(
             dict.fromkeys(dependencies.family(name).kind for name in scores if name in _names(dependencies))
@@ -225,17 +226,17 @@ class PlanExplorer(Panel):
 
     def show(self) -> None:
         first, last = self.layers.value
-        self.plan = plan_pruning(
+        plan = plan_pruning(
             self._dependencies,
             self._scores,
             ratio=self.ratio.value,
             layers=range(first, last + 1),
             kinds=self.kinds.value,
         )
-        self.cost = self._cost(self.plan)
-        line = describe_plan(self.plan)
+        self.plan, self.cost = plan, self._cost(plan)
+        line = describe_plan(plan)
         self.text.value = f"{escape(line)}<ul>{_items(_compare(self._cost.dense, self.cost))}</ul>"
-        self.picture.value = image_tag(plot_plan(self.plan), line)
+        self.picture.value = image_tag(plot_plan(plan), line)
 
 
 def _names(dependencies: DependencyMap) -> set[str]:
