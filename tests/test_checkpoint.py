@@ -92,14 +92,18 @@ def test_one_width_opens_where_the_library_was_never_imported(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("removal", [UNEVEN, UNEVEN_NEURONS], ids=["heads", "neurons"])
-def test_layers_of_different_width_need_the_library_and_fail_loudly_without(
+def test_layers_of_different_width_fail_loudly_without_the_library(
     tmp_path: Path, removal: dict[str, list[int]]
 ) -> None:
-    model = pruned(removal)
-    save_pruned(model, tmp_path / "saved")
+    save_pruned(pruned(removal), tmp_path / "saved")
     without = elsewhere(tmp_path / "saved")
     assert without.returncode != 0 and "per-layer attribute" in without.stderr
     assert not (tmp_path / "saved.logits").exists()
+
+
+def test_layers_of_different_width_open_once_the_library_is_imported(tmp_path: Path) -> None:
+    model = pruned(UNEVEN)
+    save_pruned(model, tmp_path / "saved")
     imported = elsewhere(tmp_path / "saved", "import pruner_lib")
     assert imported.returncode == 0, imported.stderr
     assert torch.equal(torch.load(tmp_path / "saved.logits"), logits(model))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from zoo import CONFIGURATIONS, tiny
 
 from pruner_lib.discovery import GroupFamily, discover
 from pruner_lib.pruning import PruningPlan, prune
-from tests.zoo import CONFIGURATIONS, tiny
 
 KINDS = ("mlp_neuron", "attention_head", "query_head", "hidden_channel", "qk_channel", "value_channel")
 TOKENS = torch.arange(3, 15).reshape(2, 6)
