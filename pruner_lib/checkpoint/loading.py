@@ -38,7 +38,12 @@ def load_pruned(directory: str | os.PathLike[str]) -> PreTrainedModel:
     enable_per_layer_config()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype="auto"
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name and shape
+            dtype="auto",
         )
     except Exception as error:  # transformers raises errors of many kinds for a folder it cannot open
         raise CheckpointError(f"cannot open {folder}: {type(error).__name__}: {error}") from error

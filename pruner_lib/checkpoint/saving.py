@@ -150,7 +150,12 @@ def _provenance_text(model: PreTrainedModel, provenance: Mapping[str, Any] | Non
 
 
 def _write(model: PreTrainedModel, folder: Path, tokenizer: Any, plan: PruningPlan | None) -> None:
-    model.save_pretrained(folder, safe_serialization=True)
+    before = dict(vars(model.config))
+    try:
+        model.save_pretrained(folder, safe_serialization=True)
+    finally:  # it notes class and dtype in the caller's configuration
+        vars(model.config).clear()
+        vars(model.config).update(before)
     # Entries equal to the class's default are left out by save_pretrained, and some defaults are
     # derived from others when read (head_dim from the head count), so every entry is written.
     config_class = type(model.config)
