@@ -47,7 +47,8 @@ lab: $(STAMP)
 	"$(BIN)/jupyter" lab notebooks/00_start_here.ipynb
 
 test: assets
-	"$(BIN)/python" -m pytest
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not real_model" --numprocesses auto
+	"$(BIN)/python" -m pytest -m real_model
 ifneq ($(NOTEBOOKS),)
 	"$(BIN)/python" -m pytest --nbval --nbval-current-env notebooks
 endif

@@ -147,6 +147,8 @@ def _execute(walkthrough: Walkthrough, notebook: Path) -> None:
             kernel_name="python3",
             cwd=notebook.parent,
             progress_bar={"desc": notebook.stem, "unit": "cell"},
+            # Every kernel warns that it talks unencrypted to this same machine; errors still show.
+            extra_arguments=["--IPKernelApp.log_level=40"],
         )
     except papermill.exceptions.PapermillExecutionError as error:
         raise WalkthroughError(

@@ -106,7 +106,7 @@ def test_ci_runs_everything_in_its_own_environment():
 def test_make_test_runs_pytest_and_strict_nbval():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = makefile.split("\ntest:")[1].split("\nlint:")[0]
-    assert "-m pytest\n" in recipe
+    assert '-m pytest -m "not real_model"' in recipe and "-m pytest -m real_model\n" in recipe
     assert "-m pytest --nbval --nbval-current-env notebooks" in recipe
     assert "--nbval-lax" not in makefile
 
