@@ -36,6 +36,26 @@ def input_device(model: nn.Module) -> torch.device:
     return weight.device if weight is not None else next(model.parameters()).device
 
 
+def check_device(model: nn.Module, device: str | torch.device | None) -> None:
+    """Refuse a model that is elsewhere than asked for; None asks for nothing.
+
+    Raises:
+        EvaluationError: the model is on another device, or torch does not know the one asked for.
+    """
+    if device is None:
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise EvaluationError(f"device {device!r} is unknown to torch; give 'cpu', 'cuda' or 'cuda:0'") from error
+    found = input_device(model)
+    if found.type != wanted.type or (wanted.index is not None and found.index != wanted.index):
+        raise EvaluationError(
+            f"{wanted} was asked for, but the model is on {found}; move it with model.to({str(wanted)!r}), or leave "
+            "device out to measure it where it is"
+        )
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Rows of the token embedding; None for a model that has none."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
