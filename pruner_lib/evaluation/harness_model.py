@@ -35,6 +35,8 @@ class HarnessModel(HFLM):
         progress: show a bar.
     """
 
+    batch_size_per_gpu: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -108,8 +110,8 @@ class HarnessModel(HFLM):
             if not self._truncate or len(continuation) > self.max_length:
                 raise EvaluationError(
                     f"{where} has {len(context)} + {len(continuation)} tokens (context + answer), beyond the "
-                    f"model's context of {self.max_length}; leave the task out, or cut contexts from the left "
-                    "as the harness does with truncate=True (an answer must fit as it is)"
+                    f"model's context of {self.max_length}; leave the task out, or cut contexts from the "
+                    "left as the harness does with truncate=True (an answer must fit as it is)"
                 )
             if self._asked:
                 item = self._asked[place]

@@ -47,12 +47,14 @@ def check_device(model: nn.Module, device: str | torch.device | None) -> None:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise EvaluationError(f"device {device!r} is unknown to torch; give 'cpu', 'cuda' or 'cuda:0'") from error
+        raise EvaluationError(
+            f"device {device!r} is unknown to torch; give 'cpu', 'cuda' or 'cuda:0'"
+        ) from error
     found = input_device(model)
     if found.type != wanted.type or (wanted.index is not None and found.index != wanted.index):
         raise EvaluationError(
-            f"{wanted} was asked for, but the model is on {found}; move it with model.to({str(wanted)!r}), or leave "
-            "device out to measure it where it is"
+            f"{wanted} was asked for, but the model is on {found}; move it with model.to({str(wanted)!r}), "
+            "or leave device out to measure it where it is"
         )
 
 
@@ -66,6 +68,33 @@ def context_length(model: nn.Module) -> int | None:
     """Longest input the model's configuration allows, in tokens; None if it does not say."""
     config = getattr(model, "config", None)
     return getattr(config, "max_position_embeddings", None)
+
+
+def check_counts(counts: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse numbers below their minimum.
+
+    Args:
+        counts: what it is called, to (number, least number).
+
+    Raises:
+        EvaluationError: names the number.
+    """
+    for label, (value, least) in counts.items():
+        if value < least:
+            raise EvaluationError(f"{label} must be at least {least}, not {value}")
+
+
+def check_context(model: nn.Module, tokens: int, what: str) -> None:
+    """Refuse more tokens than the model's configuration allows.
+
+    Raises:
+        EvaluationError: says the context's length.
+    """
+    longest = context_length(model)
+    if longest is not None and tokens > longest:
+        raise EvaluationError(
+            f"{what} are {tokens} tokens, beyond the model's context of {longest}; use fewer"
+        )
 
 
 def weight_dtype(model: nn.Module) -> str:

@@ -74,9 +74,7 @@ def harness_folder() -> Path:
     return Path(found.origin).parent / "tasks"
 
 
-def write_task_files(
-    folder: str | Path | None = None, tasks: Sequence[str] = PAPER_TASKS
-) -> dict[str, Path]:
+def write_task_files(folder: str | Path | None = None, tasks: Sequence[str] = PAPER_TASKS) -> dict[str, Path]:
     """Task files for the harness that read the package data: its own YAML, with the data replaced.
 
     The harness's command uses them too, on the same items as :func:`zero_shot`:
@@ -245,6 +243,6 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {' or '.join(repr(other) for other in close)}?" if close else ""
     return (
         f"no task is called {name!r}.{hint} The paper's are {', '.join(PAPER_TASKS)}. Any other task of the "
-        "harness goes by its own name, such as 'lambada_openai' (`lm-eval ls tasks` lists them; its items come "
-        "from the hub), and a task of your own by the path of its .yaml file."
+        "harness goes by its own name, such as 'lambada_openai' (`lm-eval ls tasks` lists them; its items "
+        "come from the hub), and a task of your own by the path of its .yaml file."
     )

