@@ -128,8 +128,8 @@ class GenerationTable:
             if (table.prompts, table.conditions) != (first.prompts, first.conditions):
                 raise EvaluationError(
                     f"generations of {', '.join(table.models)} were made otherwise ({table.conditions}, "
-                    f"prompts {list(table.prompts)}) than those of {', '.join(first.models)} ({first.conditions}, "
-                    f"prompts {list(first.prompts)})"
+                    f"prompts {list(table.prompts)}) than those of {', '.join(first.models)} "
+                    f"({first.conditions}, prompts {list(first.prompts)})"
                 )
         if len(set(names)) < len(names):
             raise EvaluationError(f"a model has two tables of generations: {', '.join(names)}")

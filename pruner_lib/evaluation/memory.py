@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +96,18 @@ def measure_memory(model: nn.Module, *, batch_size: int = 1, prompt_len: int = 6
     return Memory(weights, weights + peak, batch_size, prompt_len, device.type)
 
 
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """The profiler's library writes two lines to the terminal at each use unless told not to."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = before or "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+
 def _read_and_write(model: nn.Module, prompt: Tensor) -> None:
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     latest = out.logits[:, -1:].argmax(-1)
@@ -109,9 +123,8 @@ def _allocated_by(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as record:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_profiler(), torch.profiler.profile(activities=cpu, profile_memory=True) as record:
         run()
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
