@@ -12,6 +12,7 @@ from torch import nn
 from pruner_lib.evaluation.running import (
     EvaluationError,
     check_models,
+    check_vocabulary,
     context_length,
     evaluating,
     input_device,
@@ -239,6 +240,9 @@ def _continue(
     """New tokens of one model for one prompt."""
     require_weights(model, "generation")
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(input_device(model))
+    if inputs.numel() == 0:
+        raise EvaluationError(f"prompt {prompt[:40]!r} has no tokens; give one that has")
+    check_vocabulary(model, int(inputs.min()), int(inputs.max()), f"prompt {prompt[:40]!r}")
     longest = context_length(model)
     if longest is not None and inputs.shape[1] + config.max_new_tokens > longest:
         raise EvaluationError(

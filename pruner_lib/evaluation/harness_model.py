@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pruner_lib.evaluation.running import EvaluationError, vocabulary_size
+from pruner_lib.evaluation.running import EvaluationError, check_vocabulary
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context, continuation)
 
@@ -95,15 +95,10 @@ class HarnessModel(HFLM):
         Raises:
             EvaluationError: a token id outside the vocabulary, an item longer than the context.
         """
-        size = vocabulary_size(self.model)
         for place, (_, context, continuation) in enumerate(requests):
             where = self._where(place)
-            highest = max(max(context, default=0), max(continuation, default=0))
-            if size is not None and highest >= size:
-                raise EvaluationError(
-                    f"{where} holds token id {highest}, outside the model's vocabulary (0 to {size - 1}); "
-                    "use the tokenizer that belongs to this model"
-                )
+            ids = context + continuation
+            check_vocabulary(self.model, min(ids, default=0), max(ids, default=0), where)
             total = len(context) + len(continuation)
             if total <= self.max_length + 1:  # the last token is predicted, not read
                 continue

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from pruner_lib.evaluation.running import (
     EvaluationError,
+    check_vocabulary,
     context_length,
     evaluating,
     input_device,
     require_weights,
-    vocabulary_size,
     weight_dtype,
 )
 
@@ -112,7 +112,7 @@ def perplexity(
     if bos:
         first = torch.full((len(windows), 1), _bos_token(tokenizer), dtype=torch.long)
         windows = torch.cat([first, windows], dim=1)
-    _check_vocabulary(model, windows)
+    check_vocabulary(model, int(windows.min()), int(windows.max()), "the text")
     total = 0.0
     with evaluating(model):
         for start in range(0, len(windows), batch_size):
@@ -172,16 +172,6 @@ def _bos_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
     if token is None:
         raise EvaluationError("bos=True, but the tokenizer has no BOS token; leave bos off")
     return int(token)
-
-
-def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
-    size = vocabulary_size(model)
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or (size is not None and high >= size):
-        raise EvaluationError(
-            f"the text holds token id {low if low < 0 else high}, outside the model's vocabulary "
-            f"(0 to {(size or 0) - 1}); use the tokenizer that belongs to this model"
-        )
 
 
 def _negative_log_likelihood(model: nn.Module, batch: Tensor, start: int) -> float:

@@ -64,6 +64,26 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return getattr(embedding, "num_embeddings", None)
 
 
+def check_vocabulary(model: nn.Module, lowest: int, highest: int, what: str) -> None:
+    """Refuse token ids that the model has no embedding for: the sign of another model's tokenizer.
+
+    Args:
+        model: whose embedding counts.
+        lowest: smallest token id.
+        highest: largest token id.
+        what: where the ids are from, for the message.
+
+    Raises:
+        EvaluationError: names the id and the vocabulary.
+    """
+    size = vocabulary_size(model)
+    if lowest < 0 or (size is not None and highest >= size):
+        raise EvaluationError(
+            f"{what} holds token id {lowest if lowest < 0 else highest}, outside the model's vocabulary "
+            f"(0 to {(size or 0) - 1}); use the tokenizer that belongs to this model"
+        )
+
+
 def context_length(model: nn.Module) -> int | None:
     """Longest input the model's configuration allows, in tokens; None if it does not say."""
     config = getattr(model, "config", None)
