@@ -181,6 +181,12 @@ def test_command_keeps_what_it_has_when_a_folder_is_broken(folders, capsys):
     assert "error: nowhere:" in errors
 
 
+def test_command_refuses_a_text_it_does_not_know(folders, capsys):
+    assert main([str(folders / "dense"), "--text", "wikitext9", "--output", str(folders / "out")]) == 1
+    assert "error: no text is called 'wikitext9'" in capsys.readouterr().err
+    assert not (folders / "out").exists()
+
+
 def test_command_warns_of_another_tokenizer(folders, models):
     other = byte_tokenizer()
     other.add_tokens(["zzz"])

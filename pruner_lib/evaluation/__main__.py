@@ -1,8 +1,10 @@
 """``python -m pruner_lib.evaluation FOLDER [FOLDER …]``: one report of any number of checkpoints.
 
 The folders may hold pruned models of this library or ordinary ones; a hub id or the name of the default
-model does as well. The first is what the others are compared to. The report is saved after each model, as
-``report.json``, ``report.md`` and the figure ``frontier.png``.
+model does as well. The first is what the others are compared to. Without further options WikiText-2 and the
+paper's seven zero-shot tasks are sampled, and the report says how many tokens and items;
+``--max-tokens 0 --limit 0`` takes all of them. The report is saved after each model, as ``report.json``,
+``report.md`` and the figure ``frontier.png``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pruner_lib.evaluation.latency import measure_latency
 from pruner_lib.evaluation.measuring import evaluate
 from pruner_lib.evaluation.report import EvaluationReport
 from pruner_lib.evaluation.running import EvaluationError
-from pruner_lib.evaluation.tasks import DATA_SOURCES, PAPER_TASKS
+from pruner_lib.evaluation.tasks import DATA_SOURCES, PAPER_TASKS, resolve_data
 from pruner_lib.evaluation.zero_shot import ZeroShotOptions
 
 if TYPE_CHECKING:
@@ -52,10 +54,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--text", nargs="*", default=["wikitext2"], help="of the perplexity; none if empty (%(default)s)")
     add("--split", default="test", help="of the text (%(default)s)")
     add("--seq-len", nargs="+", type=int, default=[128, 1024], help="windows in tokens (%(default)s)")
-    add("--max-tokens", type=int, help="of each text (default: all)")
+    add("--max-tokens", type=int, default=65_536, help="of each text, 0 for all (%(default)s)")
     add("--tasks", nargs="*", default=list(PAPER_TASKS), help="zero-shot tasks; none if empty (the paper's)")
-    add("--limit", type=int, help="items of each task (default: all)")
-    add("--seed", type=int, help="draw the items instead of taking the first")
+    add("--limit", type=int, default=200, help="items drawn from each task, 0 for all (%(default)s)")
+    add("--seed", type=int, default=0, help="of the drawing (%(default)s)")
+    add("--first", action="store_true", help="take the first items, as the harness's --limit does")
     add("--data", choices=DATA_SOURCES, default="auto", help="where the items come from (%(default)s)")
     add("--compute", choices=("bfloat16", "float16"), help="compute the tasks under autocast")
     add("--latency", action="store_true", help="time the models; loads all of them at once")
@@ -112,15 +115,16 @@ def _measure(
     """The report of one model, and its vocabulary."""
     model, tokenizer = _open(place, options)
     tasks = {
-        "tasks": options.tasks, "limit": options.limit, "seed": options.seed, "data": options.data,
-        "options": ZeroShotOptions(dtype=options.compute),
+        "tasks": options.tasks, "limit": options.limit or None, "data": options.data,
+        "seed": None if options.first else options.seed, "options": ZeroShotOptions(dtype=options.compute),
     }  # fmt: skip
     report = evaluate(
         {name: model},
         tokenizer,
         text=texts or None,
         seq_len=tuple(options.seq_len),
-        max_tokens=options.max_tokens,
+        max_tokens=options.max_tokens or None,
+        progress=True,
         zero_shot=tasks if options.tasks else None,
         memory={} if model.device.type in ("cpu", "cuda") else None,
         generation={"prompts": options.prompts} if options.prompts else None,
@@ -156,45 +160,55 @@ def _draw(report: EvaluationReport, output: Path) -> str | None:
     return describe_tradeoff(report, quality=quality)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 0 when every model was measured, 1 when one failed (the others are in the report)."""
-    options = _parse(arguments)
+def _measure_all(options: argparse.Namespace) -> tuple[EvaluationReport | None, bool]:
+    """The report of all models that could be measured, saved after each, and whether that is all of them."""
     places = _names(options.models)
+    texts = _texts(options)
+    options.data = resolve_data(options.data, options.tasks)  # once, so that all answer the same items
     reports: list[EvaluationReport] = []
     vocabularies: list[Any] = []
-    failed = False
-    try:
-        texts = _texts(options)
-    except (AssetError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for name, place in places.items():
-        print(f"[{len(reports) + 1}/{len(places)}] {name}", flush=True)
+    for number, (name, place) in enumerate(places.items(), start=1):
+        print(f"[{number}/{len(places)}] {name}", flush=True)
         try:
             found, vocabulary = _measure(name, place, texts, options)
         except _FAILURES as error:
             print(f"error: {name}: {error}", file=sys.stderr)
-            failed = True
             continue
         reports.append(found)
         vocabularies.append(vocabulary)
         _warn_of_other_tokenizer(name, reports[0].models[0], vocabulary == vocabularies[0])
         _save(EvaluationReport.join(reports), options.output)
         gc.collect()
-    if not reports:
-        return 1
-    report = EvaluationReport.join(reports)
-    if options.latency:
-        models = {name: _open(places[name], options)[0] for name in report.models}
-        report = report.add(
-            latency=measure_latency(
-                models, batch_sizes=options.batch_sizes, prompt_lengths=options.prompt_lengths
-            )
+    return EvaluationReport.join(reports) if reports else None, len(reports) == len(places)
+
+
+def _add_latency(report: EvaluationReport, options: argparse.Namespace) -> EvaluationReport:
+    """The report with times of all its models, loaded together."""
+    places = _names(options.models)
+    models = {name: _open(places[name], options)[0] for name in report.models}
+    return report.add(
+        latency=measure_latency(
+            models, batch_sizes=options.batch_sizes, prompt_lengths=options.prompt_lengths
         )
-        _save(report, options.output)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 0 when every model was measured, 1 when one failed (the others are in the report)."""
+    options = _parse(arguments)
+    try:
+        report, complete = _measure_all(options)
+        if report is not None and options.latency:
+            report = _add_latency(report, options)
+            _save(report, options.output)
+    except _FAILURES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if report is None:
+        return 1
     print(f"\n{report}\n")
     print("\n".join(filter(None, [_draw(report, options.output), f"saved in {options.output}"])))
-    return int(failed)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def evaluate(
     latency: Arguments | None = None,
     generation: Arguments | None = None,
     device: str | torch.device | None = None,
+    progress: bool = False,
 ) -> EvaluationReport:
     """Cost and perplexity of any number of models on the same tokens, and what else is asked for.
 
@@ -64,6 +65,7 @@ def evaluate(
         latency: arguments of :func:`measure_latency`.
         generation: arguments of :func:`generate`, ``prompts`` among them.
         device: where all models must be; None takes them where they are.
+        progress: show bars while perplexities are measured.
 
     Raises:
         EvaluationError: no models, or what the single functions refuse; names the model.
@@ -71,7 +73,7 @@ def evaluate(
     checked = check_models(models)
     texts = {} if text is None else dict(text) if isinstance(text, Mapping) else {"text": text}
     lengths = (seq_len,) if isinstance(seq_len, int) else tuple(seq_len)
-    options = {"max_tokens": max_tokens, "batch_size": batch_size, "bos": bos}
+    options = {"max_tokens": max_tokens, "batch_size": batch_size, "bos": bos, "progress": progress}
     rows = []
     for name, model in checked.items():
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from pruner_lib.evaluation.running import (
     EvaluationError,
@@ -71,6 +72,7 @@ def perplexity(
     batch_size: int = 8,
     bos: bool = False,
     source: str | None = None,
+    progress: bool = False,
 ) -> Perplexity:
     r"""Perplexity on non-overlapping windows of a text.
 
@@ -92,6 +94,7 @@ def perplexity(
         batch_size: windows run at once; the result does not depend on it but for rounding.
         bos: begin each window with the tokenizer's BOS token, as Gemma wants.
         source: what the text is, for the record.
+        progress: show a bar with the time left.
 
     Returns:
         The value with its conditions.
@@ -114,8 +117,9 @@ def perplexity(
         windows = torch.cat([first, windows], dim=1)
     check_vocabulary(model, int(windows.min()), int(windows.max()), "the text")
     total = 0.0
+    starts = tqdm(range(0, len(windows), batch_size), desc=f"perplexity {source or ''}", disable=not progress)
     with evaluating(model):
-        for start in range(0, len(windows), batch_size):
+        for start in starts:
             total += _negative_log_likelihood(model, windows[start : start + batch_size], start)
     num_tokens = windows.shape[0] * (seq_len - 1)
     return Perplexity(_exp(total / num_tokens), num_tokens, seq_len, weight_dtype(model), bos, source)

