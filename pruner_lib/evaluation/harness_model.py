@@ -120,17 +120,16 @@ class HarnessModel(HFLM):
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Request]) -> int:
         """Requests in the batch that holds request ``pos``; HFLM asks again for each of them."""
         if pos >= self._batch_end:
-            lengths = [self._length(request) for request in n_reordered_requests[pos:]]
-            self._batch_size = max(1, self._batch_tokens // max(1, lengths[0]))
+            longest = self._length(n_reordered_requests[pos])
+            self._batch_size = max(1, self._batch_tokens // longest)
             self._batch_end = pos + self._batch_size
             batch = n_reordered_requests[pos : self._batch_end]
-            first = min(self._length(request) - len(request[2]) for request in batch)
-            self._keep = lengths[0] - first
+            self._keep = longest - min(self._length(request) - len(request[2]) for request in batch)
         return self._batch_size
 
     def _length(self, request: Request) -> int:
         """Tokens that are read: all but the last one."""
-        return min(len(request[1]) + len(request[2]) - 1, self.max_length)
+        return max(1, min(len(request[1]) + len(request[2]) - 1, int(self.max_length)))
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         """Logits ``[B, T, V]``, or those of the last positions that the batch is scored at."""

@@ -205,7 +205,10 @@ def _score(name: str, task: Any, results: Mapping[str, Any], source: str) -> Tas
         if kept and not metric.endswith("_stderr"):
             metrics.setdefault(metric, Estimate(float(value), _stderr(found.get(f"{metric}_stderr,{kept}"))))
     metric = PAPER_METRICS.get(name) or ("acc_norm" if "acc_norm" in metrics else next(iter(metrics)))
-    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    every = results["samples"][name]
+    samples = sorted(
+        (sample for sample in every if sample["filter"] == every[0]["filter"]), key=lambda s: s["doc_id"]
+    )
     values = [sample.get(metric) for sample in samples]
     whole = all(isinstance(value, int | float) for value in values)
     if any(value != value for _, value in _log_likelihoods(samples)):
