@@ -9,7 +9,16 @@ Importing this package lets ``from_pretrained`` open checkpoints whose layers di
 from pruner_lib.assets import DEFAULT_MODEL, PAPER_CALIBRATION, load_calibration, load_model, load_text
 from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
-from pruner_lib.evaluation import count_cost, evaluate, generate, measure_latency, perplexity
+from pruner_lib.evaluation import (
+    PAPER_TASKS,
+    count_cost,
+    evaluate,
+    generate,
+    measure_latency,
+    measure_memory,
+    perplexity,
+    zero_shot,
+)
 from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
 from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
 from pruner_lib.recovery import RecoverySettings, recover
@@ -19,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_MODEL",
     "PAPER_CALIBRATION",
+    "PAPER_TASKS",
     "CheckpointError",
     "DependencyMap",
     "DiscoveryError",
@@ -37,9 +47,11 @@ __all__ = [
     "load_text",
     "measure_importance",
     "measure_latency",
+    "measure_memory",
     "perplexity",
     "plan_pruning",
     "prune",
     "recover",
     "save_pruned",
+    "zero_shot",
 ]

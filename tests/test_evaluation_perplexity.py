@@ -23,8 +23,8 @@ def tiny_llama(dtype=torch.float64, **changes):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def word_tokenizer(**special):
-    words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<s>": VOCABULARY - 2, "</s>": VOCABULARY - 1}
+def word_tokenizer(words=VOCABULARY, **special):
+    words = {f"w{i}": i for i in range(words - 2)} | {"<s>": words - 2, "</s>": words - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -90,6 +90,11 @@ def test_generation_refuses(pair, prompts, arguments, message):
         generate(pair, word_tokenizer(eos_token="</s>"), prompts, **arguments)
 
 
+def test_generation_refuses_a_tokenizer_that_does_not_fit(pair):
+    with pytest.raises(EvaluationError, match=r"prompt 'w50' holds token id 50.*0 to 49"):
+        generate(pair, word_tokenizer(words=60), "w50", max_new_tokens=2)
+
+
 def test_latency_has_every_combination_and_ratios_to_the_first(pair):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a test machine may well be busy

@@ -11,6 +11,7 @@ one line what it shows, without times or machine facts, so that a checked cell m
     plot_plan(plan)                                             describe_plan(plan)
     plot_learning_curve(history or {name: history})             describe_learning_curve(the same)
     plot_tradeoff(report or {name: (size, quality)})            describe_tradeoff(the same)
+    plot_latency(table)                                         describe_latency(the same)
 
 Widgets are boxes whose controls are attributes; end a cell with ``display(widget)``:
 
@@ -37,10 +38,12 @@ from pruner_lib.display.importance import (
 from pruner_lib.display.plan_cost import PlanCost
 from pruner_lib.display.results import (
     describe_criteria,
+    describe_latency,
     describe_learning_curve,
     describe_plan,
     describe_tradeoff,
     plot_criteria,
+    plot_latency,
     plot_learning_curve,
     plot_plan,
     plot_tradeoff,
@@ -62,6 +65,7 @@ __all__ = [
     "describe_criteria",
     "describe_family",
     "describe_importance",
+    "describe_latency",
     "describe_learning_curve",
     "describe_plan",
     "describe_ranks",
@@ -74,6 +78,7 @@ __all__ = [
     "plan_explorer",
     "plot_criteria",
     "plot_importance",
+    "plot_latency",
     "plot_learning_curve",
     "plot_plan",
     "plot_ranks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -132,34 +132,117 @@ def _points(history: History) -> tuple[list[int], list[float]]:
     return [record.get("step", place + 1) for place, record in enumerate(kept)], [r["loss"] for r in kept]
 
 
-def plot_tradeoff(points: Any, *, xlabel: str = "parameters (million)", ylabel: str = "perplexity") -> Figure:
-    """Size against quality, one labelled marker per model.
+def plot_tradeoff(
+    points: Any,
+    *,
+    quality: str = "perplexity",
+    xlabel: str = "parameters (million)",
+    ylabel: str | None = None,
+) -> Figure:
+    """Size against quality, one labelled marker per model, and the frontier as a line.
+
+    A model is on the frontier when no other is at least as small and better.
 
     Args:
-        points: an ``EvaluationReport`` with a perplexity, or name to (size, quality) with the size
+        points: an ``EvaluationReport`` with that quality, or name to (size, quality) with the size
             already in the unit of ``xlabel``.
+        quality: of a report: ``perplexity`` (the first data set's), a data set, or ``average``, the
+            zero-shot accuracy, drawn in % with its standard error. Of ``average`` higher is better.
         xlabel: of the size.
         ylabel: of the quality.
     """
     figure, axes = new_figure(6, 3.8)
-    for place, (name, size, quality) in enumerate(_pairs(points)):
-        axes.scatter(size, quality, s=70, c=COLOURS[place % 7], marker=MARKERS[place % 7], edgecolors=INK)
-        axes.annotate(name, (size, quality), xytext=(7, 5), textcoords="offset points")
-    axes.set_yscale("log")
+    pairs = _pairs(points, quality)
+    edge = _frontier(pairs, quality)
+    axes.plot([p[1] for p in edge], [p[2] for p in edge], color=GREY, linewidth=3, zorder=0, label="frontier")
+    for place, (name, size, value) in enumerate(pairs):
+        style: dict[str, Any] = {"marker": MARKERS[place % 7], "color": COLOURS[place % 7]}
+        axes.errorbar(
+            size, value, yerr=_error(points, name, quality), markersize=9, markeredgecolor=INK, **style
+        )
+        axes.annotate(name, (size, value), xytext=(7, 5), textcoords="offset points")
+    if quality != "average":
+        axes.set_yscale("log")
     axes.margins(0.2)
-    tidy(axes, xlabel=xlabel, ylabel=ylabel)
+    if len(edge) > 1:
+        axes.legend(frameon=False, loc="best")
+    tidy(axes, xlabel=xlabel, ylabel=ylabel or ("zero-shot average (%)" if quality == "average" else quality))
     return figure
 
 
-def describe_tradeoff(points: Any) -> str:
-    """What :func:`plot_tradeoff` shows, in one line: orderings by size and by quality."""
-    pairs = list(_pairs(points))
+def describe_tradeoff(points: Any, *, quality: str = "perplexity") -> str:
+    """What :func:`plot_tradeoff` shows, in one line: orderings by size and by quality, and the frontier."""
+    pairs = _pairs(points, quality)
     by_size = [name for name, _, _ in sorted(pairs, key=lambda p: p[1])]
     by_quality = [name for name, _, _ in sorted(pairs, key=lambda p: p[2])]
-    return f"From small to large: {', '.join(by_size)}; from low to high perplexity: {', '.join(by_quality)}."
+    edge = [name for name, _, _ in _frontier(pairs, quality)]
+    what = "zero-shot average" if quality == "average" else "perplexity"
+    return (
+        f"From small to large: {', '.join(by_size)}; from low to high {what}: {', '.join(by_quality)}; on "
+        f"the frontier: {', '.join(edge)}."
+    )
 
 
-def _pairs(points: Any) -> Iterable[tuple[str, float, float]]:
+def _pairs(points: Any, quality: str) -> list[tuple[str, float, float]]:
+    """(name, size, quality), in the order given."""
     if isinstance(points, Mapping):
-        return [(name, float(size), float(quality)) for name, (size, quality) in points.items()]
-    return [(row.model, row.cost.params / 1e6, float(row.perplexity)) for row in points.rows]
+        return [(name, float(size), float(value)) for name, (size, value) in points.items()]
+    scale = 100 if quality == "average" else 1
+    return [
+        (row.model, row.cost.params / 1e6, scale * points.number(row.model, quality)) for row in points.rows
+    ]
+
+
+def _frontier(pairs: Sequence[tuple[str, float, float]], quality: str) -> list[tuple[str, float, float]]:
+    """What no other model beats in one of the two without losing in the other, from small to large."""
+    sign = -1.0 if quality == "average" else 1.0
+
+    def beaten(size: float, value: float) -> bool:
+        return any(
+            other_size <= size and sign * other <= sign * value and (other_size, other) != (size, value)
+            for _, other_size, other in pairs
+        )
+
+    return sorted((pair for pair in pairs if not beaten(*pair[1:])), key=lambda pair: pair[1])
+
+
+def _error(points: Any, name: str, quality: str) -> float | None:
+    """Standard error of an accuracy, in %."""
+    if quality != "average" or isinstance(points, Mapping):
+        return None
+    return 100 * float(points[name].zero_shot.average_stderr)
+
+
+def plot_latency(table: Any) -> Figure:
+    """Measured time to the first token against what the multiply-accumulates promise, as ratios.
+
+    Args:
+        table: a ``LatencyTable``. On the line a smaller model is as much faster as it does less work; above
+            it, less so.
+    """
+    figure, axes = new_figure(5.2, 3.8)
+    names = list(dict.fromkeys(row.model for row in table.rows))
+    for place, name in enumerate(names):
+        rows = [row for row in table.rows if row.model == name]
+        axes.scatter(
+            [row.macs_ratio for row in rows],
+            [row.first_token_ratio for row in rows],
+            s=60, c=COLOURS[place % 7], marker=MARKERS[place % 7], edgecolors=INK, label=name,
+        )  # fmt: skip
+    ends = (min([row.macs_ratio for row in table.rows]) * 0.95, 1.02)
+    axes.plot(ends, ends, color=INK, linestyle="--", label="time follows MACs")
+    axes.legend(frameon=False)
+    tidy(axes, xlabel="MACs / those of the first model", ylabel="time to first token / the first model's")
+    return figure
+
+
+def describe_latency(table: Any) -> str:
+    """What :func:`plot_latency` shows, in one line; measured, so not for a checked cell."""
+    first = table.rows[0].model
+    parts = [
+        f"{row.model} at {row.batch_size} × {row.prompt_len}: {row.first_token_ratio:.2f} of the time, "
+        f"{row.macs_ratio:.2f} of the MACs"
+        for row in table.rows
+        if row.model != first
+    ]
+    return f"Against {first}: {'; '.join(parts)}." if parts else f"Only {first} was timed."

@@ -12,6 +12,7 @@ from torch import nn
 from pruner_lib.evaluation.running import (
     EvaluationError,
     check_models,
+    check_vocabulary,
     context_length,
     evaluating,
     input_device,
@@ -108,8 +109,39 @@ class GenerationTable:
         return found
 
     def to_markdown(self) -> str:
-        """One row per prompt, one column per model."""
-        return markdown_table(["prompt", *self.models], self._cells())
+        """One row per prompt, one column per model; below them the statistics, and the conditions."""
+        footer = [[f"*{label}*", *cells] for label, *cells in self._statistics_cells()]
+        table = markdown_table(["prompt", *self.models], [*self._cells(), *footer])
+        return f"{table}\n\n{self.conditions}"
+
+    @classmethod
+    def join(cls, tables: Sequence[GenerationTable]) -> GenerationTable:
+        """Tables of different models on the same prompts as one.
+
+        Raises:
+            EvaluationError: no table, other prompts or other conditions, or a model in two of them.
+        """
+        if not tables:
+            raise EvaluationError("no table of generations was given")
+        first = tables[0]
+        names = [name for table in tables for name in table.models]
+        for table in tables[1:]:
+            if (table.prompts, table.conditions) != (first.prompts, first.conditions):
+                raise EvaluationError(
+                    f"generations of {', '.join(table.models)} were made otherwise ({table.conditions}, "
+                    f"prompts {list(table.prompts)}) than those of {', '.join(first.models)} "
+                    f"({first.conditions}, prompts {list(first.prompts)})"
+                )
+        if len(set(names)) < len(names):
+            raise EvaluationError(f"a model has two tables of generations: {', '.join(names)}")
+        rows = [row for table in tables for row in table.rows]
+        ordered = [row for prompt in first.prompts for row in rows if row.prompt == prompt]
+        return cls(tuple(ordered), first.conditions)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> GenerationTable:
+        """The inverse of ``dataclasses.asdict``."""
+        return cls(tuple(Generation(**row) for row in content["rows"]), content["conditions"])
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.models)
@@ -130,9 +162,15 @@ class GenerationTable:
         return "\n".join([*lines, f"({self.conditions})"])
 
     def _repr_html_(self) -> str:
+        rows = [*self._cells(), *self._statistics_cells()]
+        return html_table(["prompt", *self.models], rows, self.conditions, prose=True)
+
+    def _statistics_cells(self) -> list[list[str]]:
         numbers = self.statistics()
-        footer = ["repetition", *(f"{numbers[name]['repetition']:.2f}" for name in self.models)]
-        return html_table(["prompt", *self.models], [*self._cells(), footer], self.conditions, prose=True)
+        labels = {"repetition": "repetition", "distinct-1": "distinct_1", "distinct-2": "distinct_2"}
+        return [
+            [label, *(f"{numbers[name][key]:.2f}" for name in self.models)] for label, key in labels.items()
+        ]
 
     def _cells(self) -> list[list[str]]:
         return [[prompt, *(self.text(name, prompt) for name in self.models)] for prompt in self.prompts]
@@ -202,6 +240,9 @@ def _continue(
     """New tokens of one model for one prompt."""
     require_weights(model, "generation")
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(input_device(model))
+    if inputs.numel() == 0:
+        raise EvaluationError(f"prompt {prompt[:40]!r} has no tokens; give one that has")
+    check_vocabulary(model, int(inputs.min()), int(inputs.max()), f"prompt {prompt[:40]!r}")
     longest = context_length(model)
     if longest is not None and inputs.shape[1] + config.max_new_tokens > longest:
         raise EvaluationError(

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from pruner_lib.evaluation.running import (
     EvaluationError,
+    check_vocabulary,
     context_length,
     evaluating,
     input_device,
     require_weights,
-    vocabulary_size,
     weight_dtype,
 )
 
@@ -71,6 +72,7 @@ def perplexity(
     batch_size: int = 8,
     bos: bool = False,
     source: str | None = None,
+    progress: bool = False,
 ) -> Perplexity:
     r"""Perplexity on non-overlapping windows of a text.
 
@@ -92,6 +94,7 @@ def perplexity(
         batch_size: windows run at once; the result does not depend on it but for rounding.
         bos: begin each window with the tokenizer's BOS token, as Gemma wants.
         source: what the text is, for the record.
+        progress: show a bar with the time left.
 
     Returns:
         The value with its conditions.
@@ -112,10 +115,11 @@ def perplexity(
     if bos:
         first = torch.full((len(windows), 1), _bos_token(tokenizer), dtype=torch.long)
         windows = torch.cat([first, windows], dim=1)
-    _check_vocabulary(model, windows)
+    check_vocabulary(model, int(windows.min()), int(windows.max()), "the text")
     total = 0.0
+    starts = tqdm(range(0, len(windows), batch_size), desc=f"perplexity {source or ''}", disable=not progress)
     with evaluating(model):
-        for start in range(0, len(windows), batch_size):
+        for start in starts:
             total += _negative_log_likelihood(model, windows[start : start + batch_size], start)
     num_tokens = windows.shape[0] * (seq_len - 1)
     return Perplexity(_exp(total / num_tokens), num_tokens, seq_len, weight_dtype(model), bos, source)
@@ -172,16 +176,6 @@ def _bos_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
     if token is None:
         raise EvaluationError("bos=True, but the tokenizer has no BOS token; leave bos off")
     return int(token)
-
-
-def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
-    size = vocabulary_size(model)
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or (size is not None and high >= size):
-        raise EvaluationError(
-            f"the text holds token id {low if low < 0 else high}, outside the model's vocabulary "
-            f"(0 to {(size or 0) - 1}); use the tokenizer that belongs to this model"
-        )
 
 
 def _negative_log_likelihood(model: nn.Module, batch: Tensor, start: int) -> float:

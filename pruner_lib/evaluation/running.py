@@ -36,16 +36,85 @@ def input_device(model: nn.Module) -> torch.device:
     return weight.device if weight is not None else next(model.parameters()).device
 
 
+def check_device(model: nn.Module, device: str | torch.device | None) -> None:
+    """Refuse a model that is elsewhere than asked for; None asks for nothing.
+
+    Raises:
+        EvaluationError: the model is on another device, or torch does not know the one asked for.
+    """
+    if device is None:
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise EvaluationError(
+            f"device {device!r} is unknown to torch; give 'cpu', 'cuda' or 'cuda:0'"
+        ) from error
+    found = input_device(model)
+    if found.type != wanted.type or (wanted.index is not None and found.index != wanted.index):
+        raise EvaluationError(
+            f"{wanted} was asked for, but the model is on {found}; move it with model.to({str(wanted)!r}), "
+            "or leave device out to measure it where it is"
+        )
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Rows of the token embedding; None for a model that has none."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     return getattr(embedding, "num_embeddings", None)
 
 
+def check_vocabulary(model: nn.Module, lowest: int, highest: int, what: str) -> None:
+    """Refuse token ids that the model has no embedding for: the sign of another model's tokenizer.
+
+    Args:
+        model: whose embedding counts.
+        lowest: smallest token id.
+        highest: largest token id.
+        what: where the ids are from, for the message.
+
+    Raises:
+        EvaluationError: names the id and the vocabulary.
+    """
+    size = vocabulary_size(model)
+    if lowest < 0 or (size is not None and highest >= size):
+        raise EvaluationError(
+            f"{what} holds token id {lowest if lowest < 0 else highest}, outside the model's vocabulary "
+            f"(0 to {(size or 0) - 1}); use the tokenizer that belongs to this model"
+        )
+
+
 def context_length(model: nn.Module) -> int | None:
     """Longest input the model's configuration allows, in tokens; None if it does not say."""
     config = getattr(model, "config", None)
     return getattr(config, "max_position_embeddings", None)
+
+
+def check_counts(counts: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse numbers below their minimum.
+
+    Args:
+        counts: what it is called, to (number, least number).
+
+    Raises:
+        EvaluationError: names the number.
+    """
+    for label, (value, least) in counts.items():
+        if value < least:
+            raise EvaluationError(f"{label} must be at least {least}, not {value}")
+
+
+def check_context(model: nn.Module, tokens: int, what: str) -> None:
+    """Refuse more tokens than the model's configuration allows.
+
+    Raises:
+        EvaluationError: says the context's length.
+    """
+    longest = context_length(model)
+    if longest is not None and tokens > longest:
+        raise EvaluationError(
+            f"{what} are {tokens} tokens, beyond the model's context of {longest}; use fewer"
+        )
 
 
 def weight_dtype(model: nn.Module) -> str:
