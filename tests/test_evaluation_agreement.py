@@ -77,5 +77,6 @@ def test_smollm2_s_perplexity_is_llama_cpp_s(default_model):
     model, tokenizer = default_model
     ids = tokenizer(load_text("wikitext2", "test")[:2000], add_special_tokens=False)["input_ids"][:192]
     windows = torch.tensor(ids).view(3, 64)
-    theirs = runner.LlamaCpp(fetch("SmolLM2-135M-Instruct")).perplexity(windows)
+    with runner.LlamaCpp(fetch("SmolLM2-135M-Instruct")) as engine:
+        theirs = engine.perplexity(windows)
     assert float(perplexity(model, None, windows, seq_len=64)) == pytest.approx(theirs, rel=0.03)
