@@ -105,7 +105,8 @@ def progress_bar(total: int, title: str, shown: bool | None) -> tqdm:
         title: what is going on.
         shown: None shows it in a terminal and where a run takes more than two seconds.
     """
-    return tqdm(total=total, desc=title, delay=0 if shown else 2, disable=None if shown is None else not shown)
+    hidden = None if shown is None else not shown  # None: where standard error is no terminal
+    return tqdm(total=total, desc=title, delay=0 if shown else 2, disable=hidden)
 
 
 @contextmanager

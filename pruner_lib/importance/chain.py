@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Call:
             args[self.place] = hidden
         else:
             kwargs[self.place] = hidden
-        return _hidden_of(self.layer(*args, **kwargs))
+        return hidden_of(self.layer(*args, **kwargs))
 
     def answer(self, hidden: Tensor) -> Any:
         """A hidden state in the form in which the layer returns it."""
@@ -71,11 +71,13 @@ class Recording:
         calls: one per layer.
         hidden: the hidden state before each layer, and the one after the last.
         losses: mean next-token cross-entropy per sequence ``[n]``.
+        last: the hidden state after the last layer, where a pass keeps it beyond the list.
     """
 
     calls: list[Call] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    last: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def record(model: nn.Module, batch: Tensor) -> Recording:
@@ -89,7 +91,7 @@ def record(model: nn.Module, batch: Tensor) -> Recording:
     after: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = _place_of_hidden(args, kwargs)
+        place = place_of_hidden(args, kwargs)
         hidden = args[place] if isinstance(place, int) else kwargs[place]
         if after and hidden is not after[-1]:
             raise NotAChain(f"layer {len(found.calls)} does not read what the layer before it returned")
@@ -100,7 +102,7 @@ def record(model: nn.Module, batch: Tensor) -> Recording:
         found.hidden.append(hidden)
 
     def behind(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        after.append(_hidden_of(output))
+        after.append(hidden_of(output))
         found.calls[-1].rest = None if isinstance(output, Tensor) else tuple(output[1:])
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
@@ -116,7 +118,7 @@ def record(model: nn.Module, batch: Tensor) -> Recording:
     return found
 
 
-def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+def place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
     """Where a layer takes its hidden state: its first argument, or the keyword of that name."""
     if args and isinstance(args[0], Tensor):
         return 0
@@ -125,7 +127,7 @@ def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | 
     raise NotAChain("a layer takes no hidden state as its first argument")
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, Tensor):
         raise NotAChain(f"a layer returns {type(output).__name__}, not a hidden state")
@@ -135,17 +137,17 @@ def _hidden_of(output: Any) -> Tensor:
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let some modules compute something else for a while."""
-    saved = {module: module.__dict__.get("forward") for module in forwards}
+    saved: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in saved.items():
-            if forward is None:
+        for module, own in saved.items():
+            if own is None:
                 module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+            else:  # accelerate's, of a model that device_map spread
+                module.__dict__["forward"] = own
 
 
 @contextmanager
@@ -163,7 +165,7 @@ def starting_after(calls: list[Call], layer: int, hidden: Tensor) -> Iterator[No
 
     def skip(call: Call) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            place = _place_of_hidden(args, kwargs)
+            place = place_of_hidden(args, kwargs)
             return call.answer(args[place] if isinstance(place, int) else kwargs[place])
 
         return forward
@@ -183,13 +185,10 @@ def first_hidden(model: nn.Module, first: nn.Module, batch: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        place = _place_of_hidden(args, kwargs)
+        place = place_of_hidden(args, kwargs)
         found.append(args[place] if isinstance(place, int) else kwargs[place])
         raise _Reached
 
-    with replaced({first: stop}):
-        try:
-            token_losses(model, batch)
-        except _Reached:
-            pass
+    with replaced({first: stop}), suppress(_Reached):
+        token_losses(model, batch)
     return found[0]

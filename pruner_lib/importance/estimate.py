@@ -152,7 +152,7 @@ def _select(
 def scored_dims(
     model: nn.Module, dependencies: DependencyMap, families: Iterable[GroupFamily], include_vectors: bool
 ) -> dict[str, set[int]]:
-    """Parameters whose slices the families hold and the dimensions they are cut in, checked against the model.
+    """Parameters that hold the families' slices and the dimensions they are cut in, checked.
 
     Raises:
         ValueError: a slice that the model does not have or whose values cannot be scored.

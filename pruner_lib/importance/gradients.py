@@ -1,4 +1,4 @@
-"""Backward passes that hand every gradient on as it becomes ready, and never hold them all if they can help it.
+"""Backward passes that hand each gradient on as it becomes ready, and seldom hold them all.
 
 Σ |W·g| needs g summed over all sequences before the absolute value is taken, so with several
 micro-batches something has to be held in between. Three ways, all exact:
@@ -157,7 +157,7 @@ def whole_passes(passes: Passes, fold: Fold) -> None:
 
 
 def layered_passes(passes: Passes, fold: Fold) -> None:
-    """The same sums with one layer's gradients at a time: all micro-batches forward, then layer by layer back.
+    """The same sums with one layer's gradients at a time: all forward, then back layer by layer.
 
     A layer's parameters are complete, scored and freed once all micro-batches have gone back through
     it. Each layer runs forward twice, so this takes about 4/3 of the time of ``whole_passes``; it holds
@@ -170,6 +170,11 @@ def layered_passes(passes: Passes, fold: Fold) -> None:
     model, layers = passes.model, decoder_layers(passes.model)
     below = check_chain(model, passes.pieces[0][:1, :2])
     owned = [_names(fold, layer) for layer in layers]
+    squared = "h" in fold.reads
+    if squared and sum(map(len, owned)) > len(set().union(*owned)):
+        raise NotAChain("layers share parameters, whose gradients must be added up before they are squared")
+    # Tied embeddings get gradients from both ends of the model, to be added up before they are squared.
+    joint = squared and below
     stop = 0 if below else min((k for k, names in enumerate(owned) if names), default=len(layers))
     recordings: list[Recording] = []
     with fold.share.together():
@@ -179,7 +184,7 @@ def layered_passes(passes: Passes, fold: Fold) -> None:
             check_finite(model, piece, recordings[-1].losses, start, fold.share)
             passes.bar.update()
     with torch.enable_grad(), handing_over(fold.parameters, fold.take):
-        upstream = [_tail(passes, fold, k, found) for k, found in enumerate(recordings)]
+        upstream = [_tail(passes, fold, k, found, alone=not joint) for k, found in enumerate(recordings)]
         for layer in reversed(range(stop, len(layers))):
             for k, found in enumerate(recordings):
                 hidden = found.hidden.pop().detach().requires_grad_(below or layer > stop)
@@ -191,7 +196,11 @@ def layered_passes(passes: Passes, fold: Fold) -> None:
         if below:
             for k, piece in enumerate(passes.pieces):
                 fold.weight = len(piece) / passes.total
-                first_hidden(model, layers[0], piece).backward(upstream[k])
+                ends, gradients = [first_hidden(model, layers[0], piece)], [upstream[k]]
+                if joint:
+                    ends.append(_loss_after(passes, k, recordings[k], recordings[k].last))
+                    gradients.append(torch.ones_like(ends[1]))
+                torch.autograd.backward(ends, gradients)
     fold.finish(fold.parameters)
 
 
@@ -201,15 +210,23 @@ def _names(fold: Fold, module: nn.Module) -> set[str]:
     return {name for name, parameter in fold.parameters.items() if id(parameter) in inside}
 
 
-def _tail(passes: Passes, fold: Fold, number: int, found: Recording) -> Tensor:
-    """Back from the loss to the output of the last layer."""
-    piece = passes.pieces[number]
+def _tail(passes: Passes, fold: Fold, number: int, found: Recording, *, alone: bool) -> Tensor:
+    """Back from the loss to the output of the last layer; what follows it gets its gradients if ``alone``."""
     hidden = found.hidden.pop().detach().requires_grad_(True)
-    fold.weight = len(piece) / passes.total
+    fold.weight = len(passes.pieces[number]) / passes.total
+    loss = _loss_after(passes, number, found, hidden)
+    if alone:
+        loss.backward()
+        assert hidden.grad is not None
+        return hidden.grad
+    found.last = hidden.detach()
+    return torch.autograd.grad(loss, hidden)[0]
+
+
+def _loss_after(passes: Passes, number: int, found: Recording, hidden: Tensor) -> Tensor:
+    """Mean loss of a micro-batch from the output of the last layer."""
     with starting_after(found.calls, len(found.calls) - 1, hidden):
-        token_losses(passes.model, piece).mean().backward()
-    assert hidden.grad is not None
-    return hidden.grad
+        return token_losses(passes.model, passes.pieces[number]).mean()
 
 
 def check_chain(model: nn.Module, sample: Tensor) -> bool:

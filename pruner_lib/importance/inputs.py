@@ -119,7 +119,7 @@ class InputWatch(TorchFunctionMode):
         if place is not None:
             weight, dim = args[place[0]] if len(args) > place[0] else kwargs.get("weight"), place[2]
             base = getattr(weight, "_base", None)
-            if base is not None and base.ndim == 2 and base.mT.shape == weight.shape:
+            if base is not None and base.ndim == 2 and base.mT.stride() == weight.stride():
                 weight, dim = base, 1 - dim  # x @ W.T
             name = self.names.get(id(weight))
             if name is not None:
@@ -150,7 +150,7 @@ class InputWatch(TorchFunctionMode):
             ValueError: a matrix whose product was not seen on this rank.
         """
         self._last = (None, 0, {})
-        unseen = [name for name, parameter in parameters.items() if parameter.ndim > 1 and name not in self.uses]
+        unseen = [name for name, p in parameters.items() if p.ndim > 1 and name not in self.uses]
         with share.together():
             if unseen:
                 raise ValueError(
