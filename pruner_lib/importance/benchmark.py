@@ -1,6 +1,6 @@
 """What importance costs: time against bare passes, memory against the weights.
 
-    python -m pruner_lib.importance.benchmark --out docs/importance
+python -m pruner_lib.importance.benchmark --out docs/importance
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap, discover
-from pruner_lib.importance.calibration import token_losses, untouched
+from pruner_lib.importance.calibration import progress_bar, token_losses, untouched
 from pruner_lib.importance.estimate import estimate_importance
 from pruner_lib.importance.gradients import handing_over
 from pruner_lib.importance.storage import write_whole
@@ -101,7 +101,12 @@ def cases(model: nn.Module, dependencies: DependencyMap, batches: Tensor) -> dic
 
 
 def measure(
-    model: nn.Module, dependencies: DependencyMap, batches: Tensor, *, repeats: int = 5
+    model: nn.Module,
+    dependencies: DependencyMap,
+    batches: Tensor,
+    *,
+    repeats: int = 5,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Times, as medians of ratios within a round, and extra memory as a share of the weights.
 
@@ -110,6 +115,7 @@ def measure(
         dependencies: what ``discover`` found in it.
         batches: token ids ``[N, L]``.
         repeats: rounds; each runs every case once, so that a slow moment hits all alike.
+        progress: whether a bar is shown; None shows it in a terminal.
 
     Returns:
         JSON-ready: ``settings``, and ``cases`` with name → ``seconds``, ``ratio``, ``spread`` (lowest and
@@ -117,12 +123,14 @@ def measure(
     """
     device = next(model.parameters()).device
     runs = cases(model, dependencies, batches)
-    for _, run in runs.values():  # warm up
-        run()
+    bare_backward(model, batches, [name for name, _ in model.named_parameters()])  # warm up
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, (_, run) in runs.items():
-            times[name].append(seconds(run, device))
+    with progress_bar(repeats * len(runs), "timing", progress) as bar:
+        for _ in range(repeats):
+            for name, (_, run) in runs.items():
+                times[name].append(seconds(run, device))
+                bar.set_postfix_str(f"{name}: {times[name][-1]:.1f} s")
+                bar.update()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     names = [name for name, _ in model.named_parameters()]
     bare = peak_bytes(lambda: bare_forward(model, batches), device)
@@ -158,11 +166,11 @@ def as_markdown(measured: Mapping[str, Any], model: str) -> str:
     lines = [
         "# What importance costs",
         "",
-        f"{model} ({settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}), {samples} × {length} "
-        f"tokens, {settings['device']} with {settings['threads']} threads. Time is against the bare pass in the "
-        f"same round, the median of {settings['repeats']} rounds with the lowest and highest; extra memory is "
-        "what a run holds at its peak beyond a bare pass that keeps no weight gradient (so beyond weights and "
-        "activations), as a share of the weights.",
+        f"{model} ({settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}), "
+        f"{samples} × {length} tokens, {settings['device']} with {settings['threads']} threads. Time is against "
+        f"the bare pass in the same round, the median of {settings['repeats']} rounds with the lowest and "
+        "highest. Extra memory is what a run holds at its peak beyond a bare pass that keeps no weight "
+        "gradient (so beyond weights and activations), as a share of the weights.",
         "",
         "| run | seconds | against | time ratio | lowest–highest | extra memory / weights |",
         "|---|---|---|---|---|---|",
@@ -170,10 +178,11 @@ def as_markdown(measured: Mapping[str, Any], model: str) -> str:
     for name, row in measured["cases"].items():
         low, high = row["spread"]
         lines.append(
-            f"| {name} | {row['seconds']:.2f} | {row['against']} | {row['ratio']:.2f} | {low:.2f}–{high:.2f} | "
-            f"{100 * row['extra_share']:.1f} % |"
+            f"| {name} | {row['seconds']:.2f} | {row['against']} | {row['ratio']:.2f} | "
+            f"{low:.2f}–{high:.2f} | {100 * row['extra_share']:.1f} % |"
         )
-    return "\n".join([*lines, "", "Made by `python -m pruner_lib.importance.benchmark --out docs/importance`.", ""])
+    command = "`python -m pruner_lib.importance.benchmark --out docs/importance`"
+    return "\n".join([*lines, "", f"Made by {command}.", ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pruner_lib.assets import DEFAULT_MODEL, load_calibration, load_model
 
     parser = argparse.ArgumentParser(prog="python -m pruner_lib.importance.benchmark", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id or folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="name, hub id or folder (default: %(default)s)"
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 … (default: as load_model)")
     parser.add_argument("--samples", type=int, default=10)
@@ -193,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batches = load_calibration(
         tokenizer, source="books", num_samples=options.samples, seq_len=options.seq_len, seed=0
     )
-    measured = measure(model, discover(model), batches, repeats=options.repeats)
+    measured = measure(model, discover(model), batches, repeats=options.repeats, progress=True)
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "benchmark.json", json.dumps(measured, indent=2) + "\n")
     page = as_markdown(measured, os.path.basename(options.model))
