@@ -18,9 +18,10 @@ VOCABULARY = 40
 
 
 def tiny_llama(**changes):
+    usual = {"intermediate_size": 12, "num_hidden_layers": 2, "tie_word_embeddings": True}
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=18, intermediate_size=12, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=4, **{"num_hidden_layers": 2, "tie_word_embeddings": True, **changes},
+        vocab_size=VOCABULARY, hidden_size=18, num_attention_heads=6, num_key_value_heads=3, head_dim=4,
+        **{**usual, **changes},
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config).double()

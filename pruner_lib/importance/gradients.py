@@ -197,9 +197,10 @@ def layered_passes(passes: Passes, fold: Fold) -> None:
             for k, piece in enumerate(passes.pieces):
                 fold.weight = len(piece) / passes.total
                 ends, gradients = [first_hidden(model, layers[0], piece)], [upstream[k]]
-                if joint:
-                    ends.append(_loss_after(passes, k, recordings[k], recordings[k].last))
-                    gradients.append(torch.ones_like(ends[1]))
+                loss = _loss_after(passes, k, recordings[k], recordings[k].last) if joint else None
+                if loss is not None and loss.requires_grad:
+                    ends.append(loss)
+                    gradients.append(torch.ones_like(loss))
                 torch.autograd.backward(ends, gradients)
     fold.finish(fold.parameters)
 

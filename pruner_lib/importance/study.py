@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def measure_estimates(study: Study) -> Iterator[tuple[str, int, dict[str, Any]]]
     for source in study.settings.sources:
         for seed in study.settings.seeds:
             name = f"estimates/{source}-{seed}"
-            yield source, seed, study.piece(name, lambda source=source, seed=seed: _estimate(study, source, seed))
+            yield source, seed, study.piece(name, partial(_estimate, study, source, seed))
 
 
 def _estimate(study: Study, source: str, seed: int) -> dict[str, Any]:
@@ -231,7 +232,8 @@ def _all_scores(
             continue
         by_index: dict[str, ByDim] = {}
         for name, parameter in parameters.items():
-            known = {kind: total / count for kind, total in zip(("g", "h"), sums[name], strict=True)}
+            pairs = zip(("g", "h"), sums[name], strict=True)
+            known = {kind: total / count for kind, total in pairs if kind in criterion.reads}
             by_index[name] = index_scores(criterion, parameter, known, uses[name], dims[name])
         mean = criterion.scope == "channel"
         slices = {
@@ -267,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pruner_lib.assets import DEFAULT_MODEL, load_calibration, load_model
 
     parser = argparse.ArgumentParser(prog="python -m pruner_lib.importance.study", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id or folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="name, hub id or folder (default: %(default)s)"
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
     parser.add_argument("--out", type=Path, default=Path("docs/importance"), help="folder of the page")
     parser.add_argument("--work", type=Path, default=None, help="folder of the pieces")
