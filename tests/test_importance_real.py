@@ -23,7 +23,7 @@ def scored():
 
 @pytest.mark.real_model
 def test_bfloat16_ranks_like_float32(scored):
-    model, dependencies, batches, single = scored
+    _, dependencies, batches, single = scored
     half_model, _ = load_model(device="cpu", dtype=torch.bfloat16)
     half = estimate_importance(half_model, dependencies, batches, families=list(single))
     found = single.rank_correlation(half)

@@ -135,8 +135,8 @@ def describe_score_histogram(scores: ImportanceScores, *, kind: str | None = Non
     below = 100 * float((relative < 1).mean()) if len(relative) else 0.0
     without = f"; {left_out} groups with a score of zero or below are left out" if left_out else ""
     return (
-        f"{kind} by {scores.criterion or 'given scores'}: {below:.0f} % of {len(relative)} groups score below "
-        f"the mean of their layer{without}."
+        f"{kind} by {scores.criterion or 'given scores'}: {below:.0f} % of {len(relative)} groups score "
+        f"below the mean of their layer{without}."
     )
 
 

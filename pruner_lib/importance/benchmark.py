@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap, discover
 from pruner_lib.importance.calibration import progress_bar, token_losses, untouched
+from pruner_lib.importance.chain import decoder_layers
 from pruner_lib.importance.estimate import estimate_importance
 from pruner_lib.importance.gradients import handing_over
 from pruner_lib.importance.storage import write_whole
@@ -132,7 +133,9 @@ def measure(
                 bar.set_postfix_str(f"{name}: {times[name][-1]:.1f} s")
                 bar.update()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    names = [name for name, _ in model.named_parameters()]
+    # The floor keeps no gradient, not even for the moment that a tied embedding's is incomplete.
+    inside = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in inside]
     bare = peak_bytes(lambda: bare_forward(model, batches), device)
     activations = peak_bytes(lambda: passing_backward(model, batches, names), device)
     results = {}
