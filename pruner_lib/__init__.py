@@ -10,7 +10,13 @@ from pruner_lib.assets import DEFAULT_MODEL, PAPER_CALIBRATION, load_calibration
 from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
 from pruner_lib.evaluation import count_cost, evaluate, generate, measure_latency, perplexity
-from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
+from pruner_lib.importance import (
+    ImportanceScores,
+    estimate_importance,
+    grade,
+    layer_importance,
+    measure_importance,
+)
 from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
 from pruner_lib.recovery import RecoverySettings, recover
 
@@ -31,6 +37,8 @@ __all__ = [
     "estimate_importance",
     "evaluate",
     "generate",
+    "grade",
+    "layer_importance",
     "load_calibration",
     "load_model",
     "load_pruned",

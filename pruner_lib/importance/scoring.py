@@ -102,11 +102,12 @@ def _operands(
     for name in criterion.reads:
         if name == "W" or name in GRADIENTS:
             operand = weight if name == "W" else known[name]
+            found[name] = operand[rows].detach().to(weight.device, _wide(weight))
         else:
             shape = [1] * weight.ndim
             shape[use.dim] = -1
-            operand = use.values[name].view(shape).expand(weight.shape)
-        found[name] = operand[rows].detach().to(weight.device, _wide(weight))
+            vector = use.values[name].to(weight.device, _wide(weight))
+            found[name] = vector.view(shape).expand(weight.shape)[rows]
     return found
 
 
