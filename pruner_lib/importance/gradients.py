@@ -182,6 +182,7 @@ def layered_passes(passes: Passes, fold: Fold) -> None:
             with torch.no_grad():
                 recordings.append(record(model, piece))
             check_finite(model, piece, recordings[-1].losses, start, fold.share)
+            del recordings[-1].hidden[:stop]  # what no wanted gradient flows through
             passes.bar.update()
     with torch.enable_grad(), handing_over(fold.parameters, fold.take):
         upstream = [_tail(passes, fold, k, found, alone=not joint) for k, found in enumerate(recordings)]
