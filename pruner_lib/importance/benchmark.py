@@ -67,15 +67,16 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     return peak
 
 
-def seconds(run: Run, device: torch.device) -> float:
-    """Wall-clock time of one run."""
+def seconds(run: Run, device: torch.device, clock: str = "wall") -> float:
+    """Time of one run: on the wall, or of this process's CPUs, which other processes hardly disturb."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def cases(model: nn.Module, dependencies: DependencyMap, batches: Tensor) -> dict[str, tuple[str, Run]]:
@@ -107,6 +108,7 @@ def measure(
     batches: Tensor,
     *,
     repeats: int = 5,
+    clock: str = "wall",
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Times, as medians of ratios within a round, and extra memory as a share of the weights.
@@ -116,6 +118,7 @@ def measure(
         dependencies: what ``discover`` found in it.
         batches: token ids ``[N, L]``.
         repeats: rounds; each runs every case once, so that a slow moment hits all alike.
+        clock: ``"wall"``, or ``"cpu"`` for CPU time, on a machine that does other things besides.
         progress: whether a bar is shown; None shows it in a terminal.
 
     Returns:
@@ -129,7 +132,7 @@ def measure(
     with progress_bar(repeats * len(runs), "timing", progress) as bar:
         for _ in range(repeats):
             for name, (_, run) in runs.items():
-                times[name].append(seconds(run, device))
+                times[name].append(seconds(run, device, clock))
                 bar.set_postfix_str(f"{name}: {times[name][-1]:.1f} s")
                 bar.update()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -157,6 +160,7 @@ def measure(
         "device": device.type,
         "threads": torch.get_num_threads(),
         "batches": list(batches.shape),
+        "clock": clock,
         "repeats": repeats,
     }
     return {"settings": settings, "cases": results}
@@ -166,13 +170,14 @@ def as_markdown(measured: Mapping[str, Any], model: str) -> str:
     """The table of the documentation."""
     settings = measured["settings"]
     samples, length = settings["batches"]
+    clock = "Wall-clock time" if settings["clock"] == "wall" else "CPU time"
     lines = [
         "# What importance costs",
         "",
         f"{model} ({settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}), "
-        f"{samples} × {length} tokens, {settings['device']} with {settings['threads']} threads. Time is "
-        f"against the bare pass in the same round, the median of {settings['repeats']} rounds with the "
-        "lowest and highest. Extra memory is what a run holds at its peak beyond a bare pass that keeps no "
+        f"{samples} × {length} tokens, {settings['device']} with {settings['threads']} threads. "
+        f"{clock} is against the bare pass in the same round, the median of {settings['repeats']} rounds "
+        "with the lowest and highest. Extra memory is what a run holds at its peak beyond a bare pass that keeps no "
         "weight gradient (so beyond weights and activations), as a share of the weights.",
         "",
         "| run | seconds | against | time ratio | lowest–highest | extra memory / weights |",
@@ -201,13 +206,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu on a busy machine")
     parser.add_argument("--out", type=Path, default=Path("runs/importance"), help="folder for the results")
     options = parser.parse_args(arguments)
     model, tokenizer = load_model(options.model, device=options.device, dtype=options.dtype)
     batches = load_calibration(
         tokenizer, source="books", num_samples=options.samples, seq_len=options.seq_len, seed=0
     )
-    measured = measure(model, discover(model), batches, repeats=options.repeats, progress=True)
+    measured = measure(
+        model, discover(model), batches, repeats=options.repeats, clock=options.clock, progress=True
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "benchmark.json", json.dumps(measured, indent=2) + "\n")
     page = as_markdown(measured, os.path.basename(options.model))
