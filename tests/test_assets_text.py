@@ -125,6 +125,12 @@ def test_same_seed_same_windows_other_seed_others_and_global_state_untouched(num
     assert np.array_equal(numpy_state, np.random.get_state()[1])
 
 
+def test_a_seed_draws_the_same_windows_on_every_machine(numbers):
+    tokenizer = WordTokenizer()
+    windows = load_calibration(tokenizer, source=numbers, num_samples=4, seq_len=4, seed=3)
+    assert [tokenizer.words(window)[0] for window in windows] == ["w13541", "w1657", "w3269", "w4255"]
+
+
 def test_fewer_windows_are_the_first_of_more(numbers):
     tokenizer = WordTokenizer()
     few = load_calibration(tokenizer, source=numbers, num_samples=3, seq_len=8, seed=1)
@@ -179,4 +185,13 @@ def test_real_sources_have_the_published_sizes_and_wikitext_is_raw(default_model
     text = load_text("wikitext2", "test")
     assert text.startswith(" \n = Robert Boulter = \n") and "<unk>" not in text
     assert len(text.split()) == 241_211
-    assert load_calibration(tokenizer, **PAPER_CALIBRATION, seed=0).shape == (10, 64)
+    firsts = {}
+    for source in ("books", "wikitext2", "c4"):
+        batches = load_calibration(tokenizer, **{**PAPER_CALIBRATION, "source": source}, seed=0)
+        assert batches.shape == (10, 64)
+        firsts[source] = batches[0, :6].tolist()
+    assert firsts == {  # the same seed draws the same tokens on every machine
+        "books": [288, 1481, 281, 253, 198, 302],
+        "wikitext2": [1673, 3717, 3717, 446, 446, 21681],
+        "c4": [10244, 30, 657, 417, 99, 9048],
+    }

@@ -134,28 +134,47 @@ def test_measured_importance_is_the_oracles_loss_change(llama, family):
         assert torch.equal(tensor, before[name])
 
 
-def test_measuring_puts_weights_back_after_an_exception(llama):
-    model, dependencies, tokens = llama
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    calls = []
-
-    def fail_on_third(module, inputs):
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    handle = model.model.layers[1].register_forward_pre_hook(fail_on_third)
-    with pytest.raises(KeyboardInterrupt):
-        measure_importance(model, dependencies, tokens, "layers.0.mlp_neuron")
-    handle.remove()
-    assert len(calls) == 3
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-
-
 def test_measuring_in_micro_batches_changes_nothing(llama):
     model, dependencies, tokens = llama
     whole = measure_importance(model, dependencies, tokens, "layers.0.attention_head")
     parts = measure_importance(model, dependencies, tokens, "layers.0.attention_head", micro_batch_size=2)
     name = "layers.0.attention_head"
     torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-12)
+
+
+def layered(criterion="taylor_first"):
+    values = {f"layers.{n}.mlp_neuron": torch.arange(1.0, 9.0) * (n + 1) for n in range(3)}
+    return ImportanceScores.from_dict(values, criterion=criterion)
+
+
+def test_every_view_is_drawn():
+    scores = layered()
+    heat, curve, histogram = (scores.plot(view) for view in ("heat map", "sorted", "histogram"))
+    assert heat.axes[0].images[0].get_array().shape == (3, 8)
+    assert curve.axes[0].get_title() == "layers.2.mlp_neuron" and len(curve.axes[0].lines[0].get_xdata()) == 8
+    assert sum(bar.get_height() for bar in histogram.axes[0].patches) == 24
+    assert scores.plot("sorted", family="layers.0.mlp_neuron").axes[0].get_title() == "layers.0.mlp_neuron"
+    with pytest.raises(ValueError, match="unknown view 'pie'; valid are heat map, sorted, histogram"):
+        scores.plot("pie")
+
+
+def test_the_histogram_says_what_it_leaves_out():
+    from pruner_lib.display import describe_score_histogram, plot_score_histogram
+
+    assert describe_score_histogram(layered()) == (
+        "mlp_neuron by taylor_first: 50 % of 24 groups score below the mean of their layer."
+    )
+    changes = ImportanceScores.from_dict({"layers.0.mlp_neuron": [-1.0, 0.0, 2.0]}, criterion="loss_change")
+    assert "2 groups with a score of zero or below are left out" in describe_score_histogram(changes)
+    assert sum(bar.get_height() for bar in plot_score_histogram(changes).axes[0].patches) == 1
+    with pytest.raises(ValueError, match="no scores of kind 'expert'; there are mlp_neuron"):
+        plot_score_histogram(changes, kind="expert")
+
+
+def test_drawing_gives_the_same_overlap_as_grading():
+    from pruner_lib.display import lowest_overlap
+    from pruner_lib.importance import grade
+
+    first, second = scores_of(a=[1.0, 2.0, 3.0, 4.0]), scores_of(a=[2.0, 1.0, 4.0, 3.0])
+    assert lowest_overlap(first, second, "a", 0.5) == grade(first, second, ratio=0.5).overlap["a"] == 1
+    assert lowest_overlap(first, second, "a", 0.25) == 0

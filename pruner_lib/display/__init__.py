@@ -6,6 +6,7 @@ one line what it shows, without times or machine facts, so that a checked cell m
     draw_family(dependencies, family, groups=0)                 describe_family(the same)
     plot_importance(scores, *, kind=None)                       describe_importance(the same)
     plot_sorted_scores({name: scores}, family)                  describe_sorted_scores(the same)
+    plot_score_histogram(scores, *, kind=None)                  describe_score_histogram(the same)
     plot_ranks(first, second, family, *, ratio=0.25)            describe_ranks(the same)
     plot_criteria({name: perplexity}, *, dense=None)            describe_criteria(the same)
     plot_plan(plan)                                             describe_plan(plan)
@@ -29,10 +30,12 @@ from pruner_lib.display.coupling import describe_family, draw_family
 from pruner_lib.display.importance import (
     describe_importance,
     describe_ranks,
+    describe_score_histogram,
     describe_sorted_scores,
     lowest_overlap,
     plot_importance,
     plot_ranks,
+    plot_score_histogram,
     plot_sorted_scores,
 )
 from pruner_lib.display.plan_cost import PlanCost
@@ -69,6 +72,7 @@ __all__ = [
     "describe_learning_curve",
     "describe_plan",
     "describe_ranks",
+    "describe_score_histogram",
     "describe_sorted_scores",
     "describe_tradeoff",
     "draw_family",
@@ -82,6 +86,7 @@ __all__ = [
     "plot_learning_curve",
     "plot_plan",
     "plot_ranks",
+    "plot_score_histogram",
     "plot_sorted_scores",
     "plot_tradeoff",
 ]

@@ -1,4 +1,4 @@
-"""Scores drawn: heat maps, sorted curves, two criteria against each other."""
+"""Scores drawn: heat maps, sorted curves, histograms, two criteria against each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from pruner_lib.display.style import COLOURS, INK, MARKERS, kind_of, layer_of, new_figure, tidy
 from pruner_lib.importance import ImportanceScores
+from pruner_lib.importance.grading import overlap_of_lowest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,9 +107,51 @@ def describe_sorted_scores(scores: Mapping[str, ImportanceScores], family: str) 
 
 def lowest_overlap(first: ImportanceScores, second: ImportanceScores, family: str, ratio: float) -> float:
     """Share of groups that both would remove at a ratio; by chance it is the ratio itself."""
-    count = max(1, round(ratio * len(first[family])))
-    both = [set(scores[family].argsort(stable=True)[:count].tolist()) for scores in (first, second)]
-    return len(both[0] & both[1]) / count
+    return overlap_of_lowest(first[family], second[family], ratio)
+
+
+def plot_score_histogram(scores: ImportanceScores, *, kind: str | None = None) -> Figure:
+    """How the scores of one kind are spread: groups per bin of log10 of the score over its layer's mean.
+
+    Scores that are zero or below have no logarithm and are left out; the companion says how many.
+
+    Args:
+        scores: of one model.
+        kind: which kind; the last one scored if None.
+    """
+    kind = kind or kinds_scored(scores)[-1]
+    relative, _ = _relative(scores, kind)
+    figure, axes = new_figure(6, 3.4)
+    axes.hist(np.log10(relative), bins=40, color=COLOURS[0], edgecolor="white", linewidth=0.4)
+    title = f"{kind}, {scores.criterion or 'given scores'}"
+    tidy(axes, title=title, xlabel="log10(score / mean score of its layer)", ylabel="groups")
+    return figure
+
+
+def describe_score_histogram(scores: ImportanceScores, *, kind: str | None = None) -> str:
+    """What :func:`plot_score_histogram` shows, in one line."""
+    kind = kind or kinds_scored(scores)[-1]
+    relative, left_out = _relative(scores, kind)
+    below = 100 * float((relative < 1).mean()) if len(relative) else 0.0
+    without = f"; {left_out} groups with a score of zero or below are left out" if left_out else ""
+    return (
+        f"{kind} by {scores.criterion or 'given scores'}: {below:.0f} % of {len(relative)} groups score "
+        f"below the mean of their layer{without}."
+    )
+
+
+def _relative(scores: ImportanceScores, kind: str) -> tuple[np.ndarray, int]:
+    """Positive scores of a kind over the mean of their family, and how many were not positive."""
+    names = [name for name in scores if kind_of(name) == kind]
+    if not names:
+        raise ValueError(f"no scores of kind {kind!r}; there are {', '.join(kinds_scored(scores))}")
+    parts, left_out = [], 0
+    for name in names:
+        values = scores[name].double().numpy()
+        positive = values[values > 0]
+        left_out += len(values) - len(positive)
+        parts.append(positive / positive.mean() if len(positive) else positive)
+    return np.concatenate(parts), left_out
 
 
 def plot_ranks(

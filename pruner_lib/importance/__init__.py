@@ -1,16 +1,24 @@
-"""Importance: how much a group matters, estimated from weights and gradients or measured by ablation."""
+"""Importance: how much an element, vector, group or layer matters, estimated or measured, and graded."""
 
-from pruner_lib.importance.ablation import measure_importance
+from pruner_lib.importance.ablation import loss_changes, measure_importance
 from pruner_lib.importance.criteria import CRITERIA, REDUCTIONS, Criterion
 from pruner_lib.importance.estimate import estimate_importance
+from pruner_lib.importance.grading import Grade, grade
+from pruner_lib.importance.granularity import element_scores, layer_importance, vector_scores
 from pruner_lib.importance.scores import ImportanceScores, RankCorrelation
 
 __all__ = [
     "CRITERIA",
     "REDUCTIONS",
     "Criterion",
+    "Grade",
     "ImportanceScores",
     "RankCorrelation",
+    "element_scores",
     "estimate_importance",
+    "grade",
+    "layer_importance",
+    "loss_changes",
     "measure_importance",
+    "vector_scores",
 ]

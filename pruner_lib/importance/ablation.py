@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pruner_lib.discovery.families import GroupFamily
-from pruner_lib.importance.calibration import check_batches, mean_loss, micro_batches, untouched
+from pruner_lib.discovery.grouping import layer_list, layer_of
+from pruner_lib.importance.calibration import (
+    check_batches,
+    check_finite,
+    default_size,
+    mean_loss,
+    memory_advice,
+    micro_batches,
+    progress_bar,
+    token_losses,
+    untouched,
+)
+from pruner_lib.importance.chain import NotAChain, Recording, record, starting_after
 from pruner_lib.importance.scores import ImportanceScores
 
 if TYPE_CHECKING:
@@ -25,55 +39,176 @@ def measure_importance(
     *,
     micro_batch_size: int | None = None,
     source: str | None = None,
+    seed: int | None = None,
+    progress: bool | None = None,
 ) -> ImportanceScores:
     """The loss change when each group of a family is zeroed in turn: what every criterion estimates.
 
     score_i = L(group i zeroed) - L(dense), L the mean next-token cross-entropy in nats. Negative
-    means that the model is better off without the group. One forward pass per group. The weights
-    are zeroed in place and put back bit for bit, also after an exception.
+    means that the model is better off without the group. See :func:`loss_changes` for what it costs.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; it comes back as it was, bit for bit, also after an exception.
         dependencies: what ``discover`` found in it.
         batches: token ids ``[N, L]``.
         family: the family to measure, or its name.
-        micro_batch_size: sequences run at once; None for all.
+        micro_batch_size: sequences run at once; None for about 2048 tokens.
         source: what the text was, recorded with the scores.
+        seed: what the batches were drawn with, recorded.
+        progress: whether a bar is shown; None shows it in a terminal.
 
     Returns:
         Scores of this one family, criterion ``"loss_change"``.
 
     Raises:
         UnknownFamilyError: a family that is not in ``dependencies``.
-        ValueError: unusable batches.
+        ValueError: unusable batches, or a family of another model.
         FloatingPointError: a loss that is NaN or infinite.
+        MemoryError: the device ran out of memory.
     """
     found = dependencies.family(family.name if isinstance(family, GroupFamily) else family)
-    pieces = micro_batches(check_batches(model, batches), micro_batch_size)
-    changes = torch.zeros(found.size, dtype=torch.float64)
-    with untouched(model):
-        dense = mean_loss(model, pieces)
-        for group in range(found.size):
-            if found.normed_by:  # the norm must average over what remains; the oracle's copy knows how
-                copy = dependencies.zero(model, {found.name: [group]}).eval()
-                changes[group] = mean_loss(copy, pieces) - dense
-            else:
-                with zeroed_in_place(model, found, group):
-                    changes[group] = mean_loss(model, pieces) - dense
+    changes = loss_changes(
+        model, dependencies, batches, found, micro_batch_size=micro_batch_size, progress=progress
+    )
     return ImportanceScores(
         scores={found.name: changes},
         criterion="loss_change",
         source=source,
+        seed=seed,
         num_samples=len(batches),
         seq_len=batches.shape[1],
     )
 
 
-@contextmanager
-def zeroed_in_place(model: nn.Module, family: GroupFamily, group: int) -> Iterator[None]:
-    """Zero one group's slices in the model itself and put them back, bit for bit, on the way out."""
+def loss_changes(
+    model: nn.Module,
+    dependencies: DependencyMap,
+    batches: Tensor,
+    family: str | GroupFamily,
+    groups: Sequence[int] | None = None,
+    *,
+    micro_batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Tensor:
+    """:func:`measure_importance` for some groups of a family only.
+
+    A family that lies in one decoder layer costs, per group, that layer and those after it: what comes
+    before is computed once, the layer once per group with the group zeroed, and the layers after it
+    on the outputs of several groups stacked along the batch. Other families take a whole forward pass
+    per group. Both give the same numbers up to rounding.
+
+    Args:
+        groups: which ones, in any order; all if None.
+        model, dependencies, batches, family, micro_batch_size, progress: as for ``measure_importance``.
+
+    Returns:
+        Loss changes ``[len(groups)]`` in nats, float64.
+    """
+    found = dependencies.family(family.name if isinstance(family, GroupFamily) else family)
+    chosen = list(range(found.size)) if groups is None else [int(group) for group in groups]
+    if not all(0 <= group < found.size for group in chosen):
+        raise ValueError(f"groups of {found.name} run from 0 to {found.size - 1}; got {chosen}")
+    batches = check_batches(model, batches)
+    size = micro_batch_size or default_size(batches)
+    pieces = micro_batches(batches, size if micro_batch_size is None else micro_batch_size)
+    layer = _layer_index(model, found)
+    with untouched(model), memory_advice(batches), torch.no_grad():
+        ablation = _Ablation(model, dependencies, found, chosen, _tensors_of(model, found))
+        bar = progress_bar(len(pieces) * len(chosen), f"zeroing {found.name}", progress)
+        with bar:
+            if layer is not None:
+                try:
+                    return ablation.from_layer(layer, pieces, bar)
+                except NotAChain:
+                    bar.reset()
+            return ablation.whole(pieces, bar)
+
+
+def _layer_index(model: nn.Module, family: GroupFamily) -> int | None:
+    """The decoder layer that holds all of a family's slices; None if none does, or a norm must follow."""
+    if family.normed_by:
+        return None
+    path, _ = layer_list(model)
+    return layer_of({piece.parameter for piece in family.slices}, path)
+
+
+def _tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:
+    """Parameters and buffers that hold a family's slices.
+
+    Raises:
+        ValueError: the model has no such tensor.
+    """
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
+    for piece in family.slices:
+        tensor = tensors.get(piece.parameter)
+        if tensor is None or tensor.shape[piece.dim] <= int(piece.index.max()):
+            raise ValueError(
+                f"{family.name} does not belong to this model: it has no {piece.parameter} of that "
+                "size. Call discover on this model"
+            )
+    return {piece.parameter: tensors[piece.parameter] for piece in family.slices}
+
+
+@dataclass(frozen=True)
+class _Ablation:
+    """The groups to zero, and the two ways to do it."""
+
+    model: nn.Module
+    dependencies: DependencyMap
+    family: GroupFamily
+    groups: list[int]
+    tensors: Mapping[str, Tensor]
+
+    def whole(self, pieces: list[Tensor], bar: tqdm) -> Tensor:
+        """One forward pass of the whole model per group."""
+        dense = mean_loss(self.model, pieces)
+        changes = torch.zeros(len(self.groups), dtype=torch.float64)
+        for place, group in enumerate(self.groups):
+            if self.family.normed_by:  # the norm must average over what remains; the oracle's copy knows how
+                copy = self.dependencies.zero(self.model, {self.family.name: [group]}).eval()
+                changes[place] = mean_loss(copy, pieces) - dense
+            else:
+                with zeroed_in_place(self.tensors, self.family, group):
+                    changes[place] = mean_loss(self.model, pieces) - dense
+            bar.update(len(pieces))
+        return changes
+
+    def from_layer(self, layer: int, pieces: list[Tensor], bar: tqdm) -> Tensor:
+        """From the family's layer on, several groups at once."""
+        totals = torch.zeros(len(self.groups), dtype=torch.float64)
+        start = 0
+        for piece in pieces:
+            found = record(self.model, piece)
+            check_finite(self.model, piece, found.losses, start)
+            stack = max(1, default_size(piece) // len(piece))
+            for first in range(0, len(self.groups), stack):
+                here = slice(first, first + stack)
+                losses = self._stacked(found, layer, piece, self.groups[here])
+                totals[here] += (losses - found.losses).double().cpu().sum(1)
+                bar.update(len(losses))
+            start += len(piece)
+        return totals / start
+
+    def _stacked(self, found: Recording, layer: int, piece: Tensor, groups: list[int]) -> Tensor:
+        """Losses ``[groups, n]`` of one micro-batch."""
+        outputs = []
+        for group in groups:
+            with zeroed_in_place(self.tensors, self.family, group):
+                outputs.append(found.calls[layer](found.hidden[layer]))
+        with starting_after(found.calls, layer, torch.cat(outputs)):
+            losses = token_losses(self.model, piece.repeat(len(groups), 1)).view(len(groups), len(piece))
+        if not bool(torch.isfinite(losses).all()):
+            bad = groups[int((~torch.isfinite(losses)).any(1).nonzero()[0])]
+            raise FloatingPointError(
+                f"the loss is not finite once group {bad} of {self.family.name} is zeroed; no scores made"
+            )
+        return losses
+
+
+@contextmanager
+def zeroed_in_place(tensors: Mapping[str, Tensor], family: GroupFamily, group: int) -> Iterator[None]:
+    """Zero one group's slices in the model itself and put them back, bit for bit, on the way out."""
     saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad():
         try:

@@ -1,15 +1,18 @@
-"""Passes over calibration text: the loss, its gradients, and a model left exactly as it was."""
+"""Passes over calibration text: batches, their loss, and a model left exactly as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm.auto import tqdm
 
-GradientSink = Callable[[str, Tensor, float], None]
+from pruner_lib.importance.parallel import Share
+
+_TOKENS_AT_ONCE = 2048
 
 
 @contextmanager
@@ -89,6 +92,42 @@ def micro_batches(batches: Tensor, size: int | None) -> list[Tensor]:
     return [batches] if size is None else list(batches.split(size))
 
 
+def default_size(batches: Tensor) -> int:
+    """Sequences per pass when the caller names none: about 2048 tokens, which fit a laptop."""
+    return max(1, _TOKENS_AT_ONCE // batches.shape[1])
+
+
+def progress_bar(total: int, title: str, shown: bool | None) -> tqdm:
+    """A bar with the time left, on standard error.
+
+    Args:
+        total: steps.
+        title: what is going on.
+        shown: None shows it in a terminal and where a run takes more than two seconds.
+    """
+    hidden = None if shown is None else not shown  # None: where standard error is no terminal
+    return tqdm(total=total, desc=title, delay=0 if shown else 2, disable=hidden)
+
+
+@contextmanager
+def memory_advice(batches: Tensor) -> Iterator[None]:
+    """Turn running out of memory into advice.
+
+    Raises:
+        MemoryError: says which knobs lower it.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"out of memory in passes over {len(batches)} sequences of {batches.shape[1]} tokens; lower "
+            "micro_batch_size, use shorter sequences, score fewer families at once (families=…), or hold "
+            'one layer\'s gradients at a time (accumulate="layers")'
+        ) from error
+
+
 def token_losses(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean next-token cross-entropy of each sequence ``[n]``, in float32 or better.
 
@@ -104,53 +143,10 @@ def token_losses(model: nn.Module, batch: Tensor) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     targets = batch[:, 1:].to(wide.device)
     losses = functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape).mean(1)
-
-
-def backward_pass(
-    model: nn.Module, pieces: list[Tensor], wanted: Mapping[str, nn.Parameter], sink: GradientSink
-) -> None:
-    """Run every piece forward and backward; hand each parameter's gradient over as it becomes ready.
-
-    A piece holds n of all N sequences, its loss is their mean, and its share is n/N: the gradient of
-    the mean over all N is the sum of share times gradient. The share is left to ``sink``, which can
-    multiply in float32 where the gradient itself would underflow in half precision. A gradient is
-    freed once ``sink`` returns.
-
-    Args:
-        model: inside :func:`untouched`.
-        pieces: token ids ``[n, L]``, all of one L.
-        wanted: the parameters that :func:`untouched` yielded.
-        sink: called with (name, gradient, share), once per piece and parameter that the piece used.
-
-    Raises:
-        FloatingPointError: a loss that is NaN or infinite; names the sequence and the module.
-    """
-
-    total = sum(len(piece) for piece in pieces)
-    share = 1.0
-
-    def fold(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                sink(name, gradient, share)
-
-        return hook
-
-    handles = [parameter.register_post_accumulate_grad_hook(fold(name)) for name, parameter in wanted.items()]
-    try:
-        start = 0
-        for piece in pieces:
-            share = len(piece) / total
-            with torch.enable_grad():
-                losses = token_losses(model, piece)
-                _check_finite(model, piece, losses, start)
-                losses.mean().backward()
-            start += len(piece)
-    finally:
-        for handle in handles:
-            handle.remove()
+    if losses.requires_grad or losses.device.type == "mps":
+        return losses.view(targets.shape).mean(1)
+    # Loss changes are differences of large numbers: the mean itself must not round them away.
+    return losses.view(targets.shape).double().mean(1)
 
 
 def mean_loss(model: nn.Module, pieces: list[Tensor]) -> float:
@@ -163,19 +159,35 @@ def mean_loss(model: nn.Module, pieces: list[Tensor]) -> float:
     with torch.no_grad():
         for piece in pieces:
             losses = token_losses(model, piece)
-            _check_finite(model, piece, losses, start)
+            check_finite(model, piece, losses, start)
             total += float(losses.double().sum())
             start += len(piece)
     return total / start
 
 
-def _check_finite(model: nn.Module, piece: Tensor, losses: Tensor, start: int) -> None:
+def check_finite(
+    model: nn.Module, piece: Tensor, losses: Tensor, start: int, share: Share | None = None
+) -> None:
+    """Refuse losses that are NaN or infinite.
+
+    Args:
+        model: what computed them.
+        piece: token ids ``[n, L]``.
+        losses: one per sequence ``[n]``.
+        start: how many sequences of this process came before.
+        share: this process's part, to number the sequence as the caller does.
+
+    Raises:
+        FloatingPointError: names the sequence and the first module with such an output.
+    """
     if bool(torch.isfinite(losses).all()):
         return
     row = int((~torch.isfinite(losses)).nonzero()[0])
     module = first_non_finite(model, piece[row : row + 1]) or "none: only the loss itself"
+    share = share or Share()
+    number = share.rank + (start + row) * share.world
     raise FloatingPointError(
-        f"the loss of calibration sequence {start + row} is {losses[row].item()}; the first module whose "
+        f"the loss of calibration sequence {number} is {losses[row].item()}; the first module whose "
         f"output is not finite: {module}. No scores were made. Try float32 or bfloat16 weights, and look "
         "for NaN in that module's parameters"
     )

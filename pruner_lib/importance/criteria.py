@@ -1,25 +1,42 @@
 """Criteria and reductions: one line of mathematics each, in one place.
 
-W is a parameter, N the number of calibration sequences, L the mean token cross-entropy over all of
-them, g = ∂L/∂W, g_j the gradient of sequence j alone and h = (1/N) Σ_j g_j². A criterion scores
-every element of W; the score of one index of a dimension is the sum over the other dimensions.
+A criterion is a function whose argument names say what it reads; nothing else is collected:
 
-To add one, write the line and pass it in place of a name (or add it to the table below)::
+    W   a parameter
+    g   ∂L/∂W, with L the mean token cross-entropy over all N calibration sequences
+    h   (1/N) Σ_j g_j², with g_j the gradient of sequence j alone (the Fisher information's diagonal)
+    r   root mean square of each input of W over all tokens, ‖x‖₂ / √tokens
+    m   mean |x| of each input
+    v   variance of each input, E[x²] − E[x]²
 
-    cubic = Criterion("l3", "Σ |W|³", lambda W, g, h: W.abs() ** 3)
+All have the shape of W (an input's r, m and v are repeated along the outputs). The score of one index
+of a dimension is the sum over the other dimensions. To add a criterion, write the line and give it in
+place of a name, or add it to the table below::
+
+    cubic = Criterion("l3", "Σ |W|³", lambda W: W.abs() ** 3)
     estimate_importance(model, dependencies, None, criterion=cubic)
+
+    spread = Criterion("spread", "Σ |W|·σ(x)", lambda W, v: W.abs() * v.sqrt())      # forward passes only
+    saliency = Criterion("gradient", "Σ |g|", lambda g: g.abs())                     # backward passes too
+
+What is an input: of a matrix, what it multiplies; of an embedding, the one-hot token, so that r² and m
+are the token's frequency. A vector counts as fed by the constant 1, which is exact for a bias and the
+mean over the channels for a norm's weight. A matrix used twice (tied embeddings) adds up its uses.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-Elementwise = Callable[[Tensor, Tensor, Tensor], Tensor]
+GRADIENTS = ("g", "h")
+INPUTS = ("r", "m", "v")
+READABLE = ("W", *GRADIENTS, *INPUTS)
+SCOPES = ("element", "vector", "channel", "group")
 
 
 @dataclass(frozen=True)
@@ -28,41 +45,77 @@ class Criterion:
 
     Attributes:
         name: as given to ``estimate_importance``.
-        equation: the score of one index of one parameter, in words of the module docstring.
-        elementwise: (W, g, h), all of one shape, to a tensor of that shape; g and h are empty
-            tensors unless needed. None: the criterion draws one random number per group.
-        needs_gradient: whether it reads g.
-        needs_second_moment: whether it reads h, which takes one backward pass per sequence.
-        vector: whether the absolute value is taken after the sum instead of before.
+        equation: the score of one index of one parameter, in the letters of the module docstring.
+        score: the elements' scores from any of W, g, h, r, m, v (its argument names); None draws one
+            random number per group.
+        source: where it comes from.
+        scope: ``"element"``, absolute values are the function's own; ``"vector"``, the absolute value
+            is taken after the sum over an index; ``"channel"``, the function scores input channels
+            (from r, m, v alone), a slice that reads no input takes no part and a group takes the
+            mean over its channels; ``"group"``, the random draw.
+
+    Raises:
+        ValueError: an argument name that stands for nothing, or an unknown scope.
     """
 
     name: str
     equation: str
-    elementwise: Elementwise | None
-    needs_gradient: bool = False
-    needs_second_moment: bool = False
-    vector: bool = False
+    score: Callable[..., Tensor] | None
+    source: str = ""
+    scope: str = "element"
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            object.__setattr__(self, "scope", "group")
+        if self.scope not in SCOPES:
+            raise ValueError(f"{self.name}: unknown scope {self.scope!r}; valid are {', '.join(SCOPES)}")
+        valid = INPUTS if self.scope == "channel" else READABLE
+        unknown = [name for name in self.reads if name not in valid]
+        if unknown:
+            raise ValueError(
+                f"criterion {self.name!r} reads {', '.join(unknown)}, which stands for nothing; the "
+                f"arguments of a {self.scope} score may be {', '.join(valid)}"
+            )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the function's arguments."""
+        return () if self.score is None else tuple(inspect.signature(self.score).parameters)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it reads g."""
+        return "g" in self.reads
+
+    @property
+    def needs_second_moment(self) -> bool:
+        """Whether it reads h, which takes one backward pass per sequence."""
+        return "h" in self.reads
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it reads r, m or v, which takes a forward pass."""
+        return any(name in INPUTS for name in self.reads)
 
     @property
     def needs_batches(self) -> bool:
-        return self.needs_gradient or self.needs_second_moment
+        """Whether it reads anything but the weights."""
+        return any(name != "W" for name in self.reads)
 
 
-# Equations as LLM-Pruner's code has them (arXiv 2305.11627, section 3.2, and its repository).
+# The first seven as LLM-Pruner's code has them (section 3.2 of the paper, and its repository).
+_PAPER = "LLM-Pruner, arXiv 2305.11627"
 _BUILT_IN = (
-    Criterion("random", "uniform, one draw per group", None),
-    Criterion("l1", "Σ |W|", lambda W, g, h: W.abs()),
-    Criterion("l2", "Σ W² (no root)", lambda W, g, h: W**2),
-    Criterion("taylor_vector", "|Σ W·g|", lambda W, g, h: W * g, needs_gradient=True, vector=True),
-    Criterion("taylor_first", "Σ |W·g|", lambda W, g, h: (W * g).abs(), needs_gradient=True),
-    Criterion("taylor_second", "Σ |W²·h|", lambda W, g, h: (W**2 * h).abs(), needs_second_moment=True),
-    Criterion(
-        "taylor_mixed",
-        "Σ |W·g − ½ W²·h|",
-        lambda W, g, h: (W * g - 0.5 * W**2 * h).abs(),
-        needs_gradient=True,
-        needs_second_moment=True,
-    ),
+    Criterion("random", "uniform, one draw per group", None, _PAPER),
+    Criterion("l1", "Σ |W|", lambda W: W.abs(), _PAPER),
+    Criterion("l2", "Σ W² (no root)", lambda W: W**2, _PAPER),
+    Criterion("taylor_vector", "|Σ W·g|", lambda W, g: W * g, _PAPER, "vector"),
+    Criterion("taylor_first", "Σ |W·g|", lambda W, g: (W * g).abs_(), _PAPER),
+    Criterion("taylor_second", "Σ |W²·h|", lambda W, h: (W**2 * h).abs(), _PAPER),
+    Criterion("taylor_mixed", "Σ |W·g − ½ W²·h|", lambda W, g, h: (W * g - 0.5 * W**2 * h).abs(), _PAPER),
+    Criterion("wanda", "Σ |W|·r", lambda W, r: W.abs() * r, "Wanda, arXiv 2306.11695"),
+    Criterion("fluctuation", "Σ W²·v", lambda W, v: W**2 * v, "FLAP, arXiv 2312.11983"),
+    Criterion("activation", "m", lambda m: m, "Minitron, arXiv 2407.14679", "channel"),
 )
 CRITERIA = MappingProxyType({criterion.name: criterion for criterion in _BUILT_IN})
 
@@ -103,37 +156,3 @@ def get_reduction(name: str) -> Reduction:
     if name not in REDUCTIONS:
         raise ValueError(f"unknown reduction {name!r}; valid are {', '.join(REDUCTIONS)}")
     return REDUCTIONS[name]
-
-
-_CHUNK = 1 << 20  # elements scored at a time, so that the score matrix is never as large as the parameter
-
-
-def index_scores(
-    criterion: Criterion, weight: Tensor, gradient: Tensor | None, moment: Tensor | None
-) -> list[Tensor]:
-    """Score of every index of every dimension of one parameter.
-
-    Args:
-        criterion: an element-wise one.
-        weight: W, any shape; computed in float32 or, if it is float64, in float64.
-        gradient: g of the same shape, or None if the criterion does not read it.
-        moment: h of the same shape, or None if the criterion does not read it.
-
-    Returns:
-        One vector ``[weight.shape[d]]`` per dimension d, float64, on the CPU.
-    """
-    assert criterion.elementwise is not None
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = max(1, _CHUNK // max(1, weight[0].numel())) if weight.ndim else 1
-    sums: list[list[Tensor]] = [[] for _ in weight.shape]
-    for start in range(0, weight.shape[0], rows):
-        parts = [
-            part[start : start + rows].detach().to(wide) if part is not None else weight.new_empty(0)
-            for part in (weight, gradient, moment)
-        ]
-        scores = criterion.elementwise(parts[0], parts[1], parts[2])
-        for dim in range(weight.ndim):
-            others = [other for other in range(weight.ndim) if other != dim]
-            sums[dim].append((scores.sum(others) if others else scores).double().cpu())
-    vectors = [torch.cat(sums[0]), *(torch.stack(parts).sum(0) for parts in sums[1:])]
-    return [vector.abs() for vector in vectors] if criterion.vector else vectors

@@ -125,11 +125,26 @@ class ImportanceScores:
             per_family[name] = spearman(self[name], other[name])
         return RankCorrelation(MappingProxyType(per_family))
 
-    def plot(self, **options: Any) -> Any:
-        """Layers × groups, drawn; see ``pruner_lib.display``."""
+    def plot(self, view: str = "heat map", **options: Any) -> Any:
+        """The scores drawn; end a cell with it.
+
+        Args:
+            view: ``"heat map"``, layers × groups of a kind; ``"sorted"``, the falling curve of a family;
+                ``"histogram"``, how the scores of a kind are spread.
+            **options: ``kind`` or ``family``; the last one scored if left out.
+
+        Raises:
+            ValueError: another view.
+        """
         from pruner_lib import display
 
-        return display.plot_importance(self, **options)
+        if view == "sorted":
+            family = options.pop("family", list(self)[-1])
+            return display.plot_sorted_scores({self.criterion or "scores": self}, family, **options)
+        views = {"heat map": display.plot_importance, "histogram": display.plot_score_histogram}
+        if view not in views:
+            raise ValueError(f"unknown view {view!r}; valid are heat map, sorted, histogram")
+        return views[view](self, **options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one JSON file, replaced whole or not at all. Numbers keep every bit.

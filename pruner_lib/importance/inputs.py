@@ -1,0 +1,168 @@
+"""What each parameter reads in forward passes: second moments, means and variances of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pruner_lib.importance.parallel import Share
+from pruner_lib.importance.scoring import InputUse, constant_input
+
+# Where a function takes its weight and its input, and which dimension of the weight the input runs along.
+_PRODUCTS: Mapping[Any, tuple[int, int, int]] = {
+    functional.linear: (1, 0, 1),
+    functional.embedding: (1, 0, 0),
+    torch.addmm: (2, 1, 0),
+    torch.matmul: (1, 0, 0),
+    torch.mm: (1, 0, 0),
+    Tensor.matmul: (1, 0, 0),
+    Tensor.__matmul__: (1, 0, 0),
+}
+
+
+@dataclass
+class Moments:
+    """Running statistics of the inputs of one use of a parameter, added up in float64.
+
+    Attributes:
+        reads: which of r, m, v are wanted.
+        count: tokens seen.
+        sums: sums over tokens, a vector each: ``square``, ``absolute``; for the variance ``mean`` and
+            ``spread``, the sum of squared distances from it.
+    """
+
+    reads: tuple[str, ...]
+    count: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, count: int, terms: Mapping[str, Tensor]) -> None:
+        """Take in the sums of ``count`` more tokens; variances merge without cancellation."""
+        terms = {name: term.double().cpu() for name, term in terms.items()}
+        if self.count and "mean" in terms:
+            step, share = terms.pop("mean") - self.sums["mean"], count / (self.count + count)
+            self.sums["spread"] += terms.pop("spread") + step**2 * (self.count * share)
+            self.sums["mean"] += step * share
+        for name, term in terms.items():
+            self.sums[name] = self.sums[name] + term if name in self.sums else term
+        self.count += count
+
+    def values(self, share: Share) -> dict[str, Tensor]:
+        """r, m and v as far as they are wanted, over all tokens of all ranks."""
+        count = share.sum(torch.tensor(float(self.count), dtype=torch.float64))
+        found = {}
+        if "r" in self.reads:
+            found["r"] = (share.sum(self.sums["square"]) / count).sqrt()
+        if "m" in self.reads:
+            found["m"] = share.sum(self.sums["absolute"]) / count
+        if "v" in self.reads:
+            mean = share.sum(self.sums["mean"] * self.count) / count
+            apart = self.sums["spread"] + self.count * (self.sums["mean"] - mean) ** 2
+            found["v"] = share.sum(apart) / count
+        return found
+
+
+def dense_terms(inputs: Tensor, reads: Iterable[str]) -> dict[str, Tensor]:
+    """Sums over the tokens of dense inputs ``[…, width]``, in float32 or better."""
+    rows = inputs.detach().flatten(0, -2)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    terms: dict[str, Tensor] = {}
+    if "r" in reads:
+        terms["square"] = torch.linalg.vector_norm(rows, dim=0).double() ** 2
+    if "m" in reads:
+        terms["absolute"] = torch.linalg.vector_norm(rows, ord=1, dim=0)
+    if "v" in reads:
+        variance, mean = torch.var_mean(rows, dim=0, correction=0)
+        terms.update(mean=mean, spread=variance.double() * len(rows))
+    return terms
+
+
+def token_terms(tokens: Tensor, size: int, reads: Iterable[str]) -> dict[str, Tensor]:
+    """The same sums of one-hot inputs, from token ids of any shape."""
+    counts = torch.bincount(tokens.detach().flatten().cpu(), minlength=size).double()
+    frequency = counts / tokens.numel()
+    terms: dict[str, Tensor] = {}
+    if "r" in reads:
+        terms["square"] = counts
+    if "m" in reads:
+        terms["absolute"] = counts
+    if "v" in reads:
+        terms.update(mean=frequency, spread=counts * (1 - frequency))
+    return terms
+
+
+class InputWatch(TorchFunctionMode):
+    """Sees every product of an input with one of the wanted matrices, whatever module computes it.
+
+    Args:
+        matrices: the wanted parameters by name.
+        reads: which of r, m, v are wanted.
+    """
+
+    def __init__(self, matrices: Mapping[str, nn.Parameter], reads: Iterable[str]) -> None:
+        super().__init__()
+        self.names = {id(matrix): name for name, matrix in matrices.items()}
+        self.reads = tuple(reads)
+        self.uses: dict[str, dict[str, Moments]] = {}
+        self._last: tuple[Tensor | None, int, dict[str, Tensor]] = (None, 0, {})
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        place = _PRODUCTS.get(func)
+        if place is not None:
+            weight, dim = args[place[0]] if len(args) > place[0] else kwargs.get("weight"), place[2]
+            base = getattr(weight, "_base", None)
+            if base is not None and base.ndim == 2 and base.mT.stride() == weight.stride():
+                weight, dim = base, 1 - dim  # x @ W.T
+            name = self.names.get(id(weight))
+            if name is not None:
+                with torch.no_grad():
+                    self._take(name, weight, args[place[1]], dim)
+        return func(*args, **kwargs)
+
+    def _take(self, name: str, weight: Tensor, inputs: Tensor, dim: int) -> None:
+        if inputs.is_floating_point():
+            terms, count = self._terms(inputs), inputs.shape[:-1].numel()
+        else:
+            terms, count = token_terms(inputs, weight.shape[0], self.reads), inputs.numel()
+        kind = f"{dim}, {'dense' if inputs.is_floating_point() else 'one-hot'}"
+        self.uses.setdefault(name, {}).setdefault(kind, Moments(self.reads)).add(count, terms)
+
+    def _terms(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Computed once for all matrices that read the same tensor: query, key and value; gate and up."""
+        last, version, terms = self._last
+        if last is not inputs or version != inputs._version:
+            terms = dense_terms(inputs, self.reads)
+            self._last = (inputs, inputs._version, terms)
+        return terms
+
+    def finish(self, parameters: Mapping[str, nn.Parameter], share: Share) -> dict[str, list[InputUse]]:
+        """What every parameter read.
+
+        Raises:
+            ValueError: a matrix whose product was not seen on this rank.
+        """
+        self._last = (None, 0, {})
+        unseen = [name for name, p in parameters.items() if p.ndim > 1 and name not in self.uses]
+        with share.together():
+            if unseen:
+                raise ValueError(
+                    f"the inputs of {unseen[0]} were not seen: no sequence reached it, or it is not used as "
+                    "the weight of a linear, Conv1D or embedding product. Score it by a criterion that reads "
+                    "weights or gradients, or leave its families out (families=…)"
+                )
+        found: dict[str, list[InputUse]] = {}
+        for name, parameter in parameters.items():
+            if parameter.ndim < 2:
+                found[name] = [constant_input(parameter)]
+            else:
+                uses = sorted(self.uses[name].items())
+                found[name] = [InputUse(int(kind[0]), moments.values(share)) for kind, moments in uses]
+        return found

@@ -1,0 +1,130 @@
+"""The study and the benchmark, on tiny models."""
+
+import json
+
+import pytest
+import torch
+from importance_oracle import tiny_gpt2, tiny_llama, tokens_of
+
+from pruner_lib.discovery import discover
+from pruner_lib.importance import CRITERIA, REDUCTIONS, benchmark, estimate_importance, loss_changes
+from pruner_lib.importance.study import Study, StudySettings, measure_estimates, measure_truth, run_study
+from pruner_lib.importance.study_report import judge, reliability
+
+SETTINGS = StudySettings(
+    layers=(0, 1), neurons=5, truth_samples=4, truth_seq_len=7, sources=("books", "c4"), seeds=(0,),
+    sizes=(1, 3), seq_len=7,
+)  # fmt: skip
+
+
+def draw(*, source, split, num_samples, seq_len, seed):
+    return tokens_of(5, seq_len, seed=100 * seed + len(source) + len(split))[:num_samples]
+
+
+@pytest.fixture
+def study(tmp_path):
+    model = tiny_llama()
+    return Study(model, discover(model), draw, SETTINGS, tmp_path / "work")
+
+
+def test_estimates_in_one_pass_are_those_of_estimate_importance(tmp_path):
+    model = tiny_gpt2()  # float64 throughout
+    study = Study(model, discover(model), draw, SETTINGS, tmp_path)
+    (source, seed, found), *_ = measure_estimates(study)
+    families = study.families()
+    assert set(found) == {"1", "3"} and set(found["3"]) == set(CRITERIA)
+    for size in (1, 3):
+        tokens = draw(source=source, split="train", num_samples=size, seq_len=7, seed=seed)
+        for criterion in CRITERIA:
+            reductions = ["none"] if criterion == "random" else list(REDUCTIONS)
+            assert list(found[str(size)][criterion]) == reductions
+            for reduction in ("none",) if criterion == "random" else ("sum", "last"):
+                options = {"reduction": "sum" if reduction == "none" else reduction, "seed": seed}
+                scores = estimate_importance(
+                    model, study.dependencies, tokens, criterion=criterion, families=list(families), **options
+                )
+                for name, (_, groups) in families.items():
+                    mine = torch.tensor(found[str(size)][criterion][reduction][name], dtype=torch.float64)
+                    torch.testing.assert_close(mine, scores[name][groups], rtol=1e-5, atol=0)
+
+
+def test_truth_is_measured_per_half(study):
+    truth = measure_truth(study)
+    assert {name.split(".")[-1] for name in truth} == {"attention_head", "query_head", "mlp_neuron"}
+    halves = draw(source="wikitext2", split="validation", num_samples=4, seq_len=7, seed=0).chunk(2)
+    _, groups = study.families()["layers.1.mlp_neuron"]
+    assert len(groups) == 5 and groups == sorted(set(groups))
+    for half, found in zip(halves, truth["layers.1.mlp_neuron"], strict=True):
+        expected = loss_changes(study.model, study.dependencies, half, "layers.1.mlp_neuron", groups)
+        assert found == expected.tolist()
+
+
+def test_a_stopped_study_goes_on_and_another_one_starts_anew(study, monkeypatch):
+    page = run_study(study, study.work / "out")
+    first = page.read_text()
+    made = []
+    monkeypatch.setattr("pruner_lib.importance.study.loss_changes", lambda *a, **k: made.append(a))
+    (study.work / "truth" / "layers.0.mlp_neuron.json").unlink()
+    with pytest.raises(AttributeError):  # the one missing piece is made again, by the stand-in
+        run_study(study, study.work / "out")
+    assert len(made) == 1 and page.read_text() == first
+    other = Study(study.model, study.dependencies, draw, StudySettings((0,)), study.work)
+    assert other.piece("truth/layers.1.mlp_neuron", lambda: "new") == "new"
+
+
+def test_the_page_has_every_combination_and_says_what_the_default_is_worth(study):
+    out = study.work / "out"
+    text = run_study(study, out).read_text()
+    for criterion in CRITERIA:
+        for reduction in ["none"] if criterion == "random" else REDUCTIONS:
+            assert f"| {criterion} | {reduction} | " in text
+    assert "the default, taylor_first with sum, comes" in text and "| books | " in text and "| c4 | " in text
+    for figure in ("study_criteria.svg", "study_samples.svg"):
+        assert figure in text and (out / figure).read_text().rstrip().endswith("</svg>")
+        assert (out / figure).stat().st_size < 200_000
+    pieces = sorted(path.name for path in study.work.rglob("*.json"))
+    assert len(pieces) == len(study.families()) + 2
+
+
+def test_judging_by_hand():
+    rising, falling = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]
+    truth = {"layers.0.mlp_neuron": [rising, rising], "layers.1.mlp_neuron": [falling, falling]}
+    estimate = {"layers.0.mlp_neuron": rising, "layers.1.mlp_neuron": rising}
+    assert judge("mlp_neuron", estimate, truth) == (0.0, 0.5)  # right in one layer, reversed in the other
+    heads = {"layers.0.attention_head": [[1.0, 2.0]] * 2, "layers.1.attention_head": [[3.0, 4.0]] * 2}
+    pooled = {"layers.0.attention_head": [1.0, 2.0], "layers.1.attention_head": [0.3, 0.4]}
+    # ranks 0 1 2 3 against 2 3 0 1: 1 - 6·16/60
+    assert judge("attention_head", pooled, heads)[0] == pytest.approx(-0.6)
+    assert reliability("mlp_neuron", truth) == pytest.approx(1)
+
+
+def test_settings_say_what_is_wrong():
+    assert StudySettings.full(30).layers == (1, 6, 12, 17, 23, 28)
+    with pytest.raises(ValueError, match="sizes must rise"):
+        StudySettings((0,), sizes=(4, 4))
+    with pytest.raises(ValueError, match="must be even"):
+        StudySettings((0,), truth_samples=3)
+    with pytest.raises(ValueError, match="must each name something"):
+        StudySettings(())
+
+
+def test_benchmark_measures_time_and_memory(tmp_path):
+    model = tiny_llama(intermediate_size=4000).float()  # weights many times the activations
+    measured = benchmark.measure(model, discover(model), tokens_of(1, 2), repeats=1)
+    rows = json.loads(json.dumps(measured))["cases"]
+    assert rows["forward"]["ratio"] == rows["forward + backward"]["ratio"] == 1
+    # Training keeps all gradients at once; scoring frees each as it comes.
+    kept, freed = rows["forward + backward"], rows["taylor_first, heads and neurons"]
+    assert kept["extra_share"] > 0.5 > freed["extra_share"]
+    page = benchmark.as_markdown(measured, "tiny")
+    assert all(f"| {name} | " in page for name in rows)
+
+
+def test_peak_bytes_counts_what_is_held_at_once():
+    def run():
+        first = torch.ones(1 << 18)  # 1 MiB
+        second = first * 2
+        del first
+        return second + 1
+
+    assert 2 * 2**20 <= benchmark.peak_bytes(run, torch.device("cpu")) < 2.2 * 2**20
