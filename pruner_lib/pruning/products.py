@@ -1,0 +1,334 @@
+"""Every matrix product of a forward pass, with the family behind each of its dimensions.
+
+A product (m × k)(k × n) costs m·k·n multiply-accumulates. Run once with numbers for the sizes and once
+with labels, the model tells which of m, k and n shrink when groups of a family go; so the cost of any
+plan is a sum of products of kept sizes, exact and without building the smaller model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pruner_lib.discovery.grouping import Grouping, build_families, layer_list, pair_keys, siblings
+from pruner_lib.discovery.state import Info, Trace
+from pruner_lib.discovery.tracing import SEQUENCE, LabelMode, label_parameters, module_paths
+from pruner_lib.pruning.errors import PruningError
+
+aten = torch.ops.aten
+Factor = tuple[torch.Tensor, int]  # a tensor and one of its dimensions
+Formula = Callable[[Any, Any], list[list[Factor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """A dimension and the groups behind it.
+
+    With two heads of three channels: ``size=6, tables={"layers.0.attention_head": [[0, 1, 2], [3, 4, 5]]}``.
+
+    Attributes:
+        size: indices of the dense model.
+        tables: family name to the positions ``[groups, k]`` that go with each group.
+    """
+
+    size: int
+    tables: Mapping[str, np.ndarray]
+
+    def kept(self, removal: Mapping[str, Any]) -> int:
+        """Indices left after a removal (family name to group indices)."""
+        touched = [name for name in self.tables if len(removal.get(name, ()))]
+        if not touched:
+            return self.size
+        if len(touched) == 1:
+            return self.size - self.tables[touched[0]].shape[1] * len(removal[touched[0]])
+        gone = np.zeros(self.size, dtype=bool)
+        for name in touched:
+            gone[self.tables[name][np.asarray(removal[name], dtype=np.int64)]] = True
+        return self.size - int(gone.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One term of a cost: ``coefficient`` times the kept sizes of ``axes``.
+
+    Attributes:
+        coefficient: what no plan changes: tokens, bytes of an element, dimensions that are never cut.
+        axes: the dimensions that may shrink.
+        place: the parameter that is counted, or the module that runs the product.
+    """
+
+    coefficient: int
+    axes: tuple[Axis, ...]
+    place: str
+
+
+def _rows(tensor: torch.Tensor, *dims: int) -> list[Factor]:
+    return [(tensor, dim % tensor.ndim) for dim in dims]
+
+
+def _matrix(first: int) -> Formula:
+    def factors(args: Any, out: Any) -> list[list[Factor]]:
+        left, right = args[first], args[first + 1]
+        columns = _rows(right, -1) if right.ndim > 1 else []
+        return [[*_rows(left, *range(left.ndim)), *columns]]
+
+    return factors
+
+
+def _attention(args: Any, out: Any) -> list[list[Factor]]:
+    """Q·Kᵀ and A·V over all query heads: b·h·q·k·d_qk and b·h·q·k·d_v."""
+    query, key, value = args[:3]
+    square = [*_rows(query, *range(query.ndim - 1)), *_rows(key, -2)]
+    return [[*square, *_rows(query, -1)], [*square, *_rows(value, -1)]]
+
+
+def _convolution(args: Any, out: Any) -> list[list[Factor]]:
+    signal, weight, transposed = args[0], args[1], args[6]
+    elements = signal if transposed else out
+    return [[*_rows(elements, *range(elements.ndim)), *_rows(weight, *range(1, weight.ndim))]]
+
+
+def _grouped(args: Any, out: Any) -> list[list[Factor]]:
+    """Rows sorted by expert meet one matrix each."""
+    return [[*_rows(args[0], *range(args[0].ndim)), *_rows(args[1], -1)]]
+
+
+def _formulas() -> dict[Any, Formula]:
+    table: dict[str, Formula] = {name: _matrix(0) for name in ("mm", "bmm", "mv", "dot")}
+    table |= {name: _matrix(1) for name in ("addmm", "baddbmm", "addmv")}
+    table |= {"convolution": _convolution, "_grouped_mm": _grouped}
+    kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+    for kernel in (*kernels, "fused_attention_overrideable"):
+        table[f"_scaled_dot_product_{kernel}"] = _attention
+    return {getattr(aten, name): formula for name, formula in table.items() if hasattr(aten, name)}
+
+
+FORMULAS = _formulas()
+
+
+class _Sizes(TorchDispatchMode):
+    """Multiply-accumulates of every product, in order, as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.macs += [math.prod(t.shape[dim] for t, dim in product) for product in formula(args, out)]
+        return out
+
+
+class _Labels(LabelMode):
+    """The labels of every product's dimensions, in order."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__(trace)
+        self.labels: list[list[np.ndarray]] = []
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        formula = FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            found = [self.labelled(product) for product in formula(args, out)]
+            self.labels += found
+            self.places += [self.trace.module] * len(found)
+        return out
+
+    def labelled(self, product: list[Factor]) -> list[np.ndarray]:
+        found = [self.trace.dims(tensor)[dim] for tensor, dim in product]
+        return [dim for dim in found if isinstance(dim, np.ndarray)]
+
+
+def trace_products(
+    model: nn.Module, *, batch_size: int, seq_len: int
+) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+    """Multiply-accumulates of one forward pass, and elements of KV cache per token, as sums of products.
+
+    Args:
+        model: on the meta device, in evaluation mode.
+        batch_size: sequences of the counted pass.
+        seq_len: tokens of each.
+
+    Returns:
+        ``(macs, cache)``; ``cache`` holds bytes and is empty for a model that keeps no such cache.
+
+    Raises:
+        PruningError: the model cannot be run so, or runs other operators at this length.
+    """
+    failures: list[str] = []
+    for way in _ways_to_call(model):
+        try:
+            sizes = _Sizes()
+            cache = _run(model, way(batch_size, seq_len), sizes)
+            traced = _traced(model, way(1, SEQUENCE))
+        except Exception as error:  # the model's own code fails in its own way; the next call may do
+            failures.append(f"{type(error).__name__}: {str(error)[:160]}")
+            continue
+        macs = traced.products(sizes.macs)
+        tokens = batch_size * seq_len
+        numbers = [tensor.numel() * tensor.element_size() // tokens for tensor in _cached(cache)]
+        kept = traced.cached(numbers)
+        if macs is not None and kept is not None:
+            return macs, kept
+        failures.append("its operators differ with the length of the text")
+    raise PruningError(
+        f"the multiply-accumulates of {type(model).__name__} cannot be planned: {'; '.join(failures)}. "
+        "Plan by parameters, cut, and count with count_cost"
+    )
+
+
+def count_products(model: nn.Module, *, batch_size: int, seq_len: int) -> tuple[int, int | None]:
+    """Multiply-accumulates and cache bytes per token of a meta model, by running it.
+
+    Raises:
+        PruningError: the model cannot be run on the meta device.
+    """
+    failures: list[str] = []
+    for way in _ways_to_call(model):
+        sizes = _Sizes()
+        try:
+            cache = _run(model, way(batch_size, seq_len), sizes)
+        except Exception as error:  # as above
+            failures.append(f"{type(error).__name__}: {str(error)[:160]}")
+            continue
+        held = [tensor.numel() * tensor.element_size() for tensor in _cached(cache)]
+        return sum(sizes.macs), sum(held) // (batch_size * seq_len) if held else None
+    raise PruningError(f"{type(model).__name__} cannot be run on the meta device: {'; '.join(failures)}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """A symbolic run: what each label means, the labels of each product and of each cached tensor."""
+
+    trace: Trace
+    grouping: Grouping
+    labels: list[list[np.ndarray]]
+    places: list[str]
+    cache: list[list[np.ndarray]]
+    holders: list[str]
+
+    def products(self, macs: list[int]) -> tuple[Product, ...] | None:
+        return self._products(self.labels, self.places, macs)
+
+    def cached(self, numbers: list[int]) -> tuple[Product, ...] | None:
+        return self._products(self.cache, self.holders, numbers)
+
+    def _products(
+        self, labels: list[list[np.ndarray]], places: list[str], numbers: list[int]
+    ) -> tuple[Product, ...] | None:
+        if len(labels) != len(numbers):
+            return None
+        axes: dict[bytes, Axis] = {}
+        found = []
+        for dims, place, number in zip(labels, places, numbers, strict=True):
+            cut = tuple(axis for axis in (self._axis(dim, axes) for dim in dims) if axis.tables)
+            whole = math.prod(axis.size for axis in cut)
+            if number % whole:
+                return None
+            found.append(Product(number // whole, cut, place))
+        return tuple(found)
+
+    def _axis(self, terms: np.ndarray, known: dict[bytes, Axis]) -> Axis:
+        roots = self.trace.store.find(terms)
+        key = roots.tobytes()
+        if key not in known:
+            known[key] = Axis(len(roots), self._tables(roots))
+        return known[key]
+
+    def _tables(self, roots: np.ndarray) -> dict[str, np.ndarray]:
+        """Family name to the positions that go with each of its groups; only families that may be cut."""
+        row, leaf, path, _ = self.trace.store.leaves(roots)
+        tables = {}
+        for number in np.unique(self.grouping.family_of[leaf]):
+            family = self.grouping.families[number] if number >= 0 else None
+            if family is None or family.blocked is not None:
+                continue
+            mine = self.grouping.family_of[leaf] == number
+            names = leaf[mine].astype(np.int64)
+            if family.partition is not None:
+                names = pair_keys(siblings(row, path, leaf, row[mine], path[mine]), leaf[mine])
+            classes, groups = self.grouping.group_of[int(number)]
+            at = np.minimum(np.searchsorted(classes, names), len(classes) - 1)
+            if (classes[at] != names).any() or mine.sum() % family.size:
+                raise PruningError(f"an operator uses {family.name} in part; its cost follows no simple rule")
+            order = np.lexsort((row[mine], groups[at]))
+            tables[family.name] = row[mine][order].reshape(family.size, -1)
+        return tables
+
+
+def _traced(model: nn.Module, inputs: dict[str, Any]) -> _Traced:
+    trace = Trace()
+    labels = label_parameters(trace, model)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            trace.set(value, Info([None] * value.dim(), from_tokens=name == "input_ids"))
+    mode = _Labels(trace)
+    with module_paths(trace, model):
+        cache = _run(model, inputs, mode)
+    grouping = build_families(trace, labels, model)
+    held = [mode.labelled(_rows(tensor, *range(tensor.ndim))) for tensor in _cached(cache)]
+    return _Traced(trace, grouping, mode.labels, mode.places, held, _holders(model, cache))
+
+
+def _holders(model: nn.Module, cache: Any) -> list[str]:
+    """The decoder layer that each cached tensor belongs to."""
+    path, _ = layer_list(model)
+    layers = getattr(cache, "layers", ())
+    return [f"{path}.{number}" for number, layer in enumerate(layers) for _ in _held(layer)]
+
+
+def _run(model: nn.Module, inputs: dict[str, Any], mode: TorchDispatchMode) -> Any:
+    """The cache of one forward pass under a mode, or None."""
+    with torch.no_grad(), torch.device("meta"), mode:
+        output = model(**inputs)
+    return getattr(output, "past_key_values", None)
+
+
+def _cached(cache: Any) -> list[torch.Tensor]:
+    """Keys and values that a cache holds, layer by layer."""
+    return [tensor for layer in getattr(cache, "layers", ()) for tensor in _held(layer)]
+
+
+def _held(layer: Any) -> list[torch.Tensor]:
+    found = [getattr(layer, name, None) for name in ("keys", "values")]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def _ways_to_call(model: nn.Module) -> Iterator[Callable[[int, int], dict[str, Any]]]:
+    """Inputs for a decoder without data-dependent branches, by batch size and length."""
+    accepts = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def way(use_cache: bool, mask: str | None) -> Callable[[int, int], dict[str, Any]]:
+        def inputs(batch: int, length: int) -> dict[str, Any]:
+            ids = torch.zeros((batch, length), dtype=torch.long, device="meta")
+            given: dict[str, Any] = {"input_ids": ids}
+            if mask == "square":
+                given["attention_mask"] = torch.zeros((batch, 1, length, length), dtype=dtype, device="meta")
+            elif mask == "flat":
+                given["attention_mask"] = torch.ones_like(ids)
+            if "position_ids" in accepts:
+                given["position_ids"] = torch.zeros_like(ids)
+            if "use_cache" in accepts or takes_any:
+                given["use_cache"] = use_cache
+            return given
+
+        return inputs
+
+    for use_cache in (True, False):
+        for mask in ("square", "flat", None):
+            if mask is None or "attention_mask" in accepts or takes_any:
+                yield way(use_cache, mask)
