@@ -176,10 +176,10 @@ def trace_products(
         except Exception as error:  # the model's own code fails in its own way; the next call may do
             failures.append(f"{type(error).__name__}: {str(error)[:160]}")
             continue
-        macs = traced.products(sizes.macs)
+        macs = _with_numbers(traced.products, traced.places, sizes.macs)
         tokens = batch_size * seq_len
-        numbers = [tensor.numel() * tensor.element_size() // tokens for tensor in _cached(cache)]
-        kept = traced.cached(numbers)
+        held = [tensor.numel() * tensor.element_size() // tokens for tensor in _cached(cache)]
+        kept = _with_numbers(traced.cache, traced.holders, held)
         if macs is not None and kept is not None:
             return macs, kept
         failures.append("its operators differ with the length of the text")
@@ -210,46 +210,57 @@ def count_products(model: nn.Module, *, batch_size: int, seq_len: int) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class _Traced:
-    """A symbolic run: what each label means, the labels of each product and of each cached tensor."""
+    """A symbolic run: the axes of each product and of each cached tensor, and where they are."""
 
-    trace: Trace
-    grouping: Grouping
-    labels: list[list[np.ndarray]]
+    products: list[tuple[Axis, ...]]
     places: list[str]
-    cache: list[list[np.ndarray]]
+    cache: list[tuple[Axis, ...]]
     holders: list[str]
 
-    def products(self, macs: list[int]) -> tuple[Product, ...] | None:
-        return self._products(self.labels, self.places, macs)
 
-    def cached(self, numbers: list[int]) -> tuple[Product, ...] | None:
-        return self._products(self.cache, self.holders, numbers)
+def _with_numbers(
+    axes: list[tuple[Axis, ...]], places: list[str], numbers: list[int]
+) -> tuple[Product, ...] | None:
+    """Products that have these values in the dense model; None where no whole coefficient does it."""
+    if len(axes) != len(numbers):
+        return None
+    whole = [math.prod(axis.size for axis in mine) for mine in axes]
+    if any(number % size for number, size in zip(numbers, whole, strict=True)):
+        return None
+    rows = zip(numbers, whole, axes, places, strict=True)
+    return tuple(Product(number // size, mine, place) for number, size, mine, place in rows)
 
-    def _products(
-        self, labels: list[list[np.ndarray]], places: list[str], numbers: list[int]
-    ) -> tuple[Product, ...] | None:
-        if len(labels) != len(numbers):
-            return None
-        axes: dict[bytes, Axis] = {}
-        found = []
-        for dims, place, number in zip(labels, places, numbers, strict=True):
-            cut = tuple(axis for axis in (self._axis(dim, axes) for dim in dims) if axis.tables)
-            whole = math.prod(axis.size for axis in cut)
-            if number % whole:
-                return None
-            found.append(Product(number // whole, cut, place))
-        return tuple(found)
 
-    def _axis(self, terms: np.ndarray, known: dict[bytes, Axis]) -> Axis:
-        roots = self.trace.store.find(terms)
-        key = roots.tobytes()
-        if key not in known:
-            known[key] = Axis(len(roots), self._tables(roots))
-        return known[key]
+class _Meaning:
+    """Turns labelled dimensions into axes, after the grouping is known."""
 
-    def _tables(self, roots: np.ndarray) -> dict[str, np.ndarray]:
+    def __init__(self, trace: Trace, grouping: Grouping) -> None:
+        self.trace, self.grouping = trace, grouping
+
+    def axes(self, labels: list[list[np.ndarray]]) -> list[tuple[Axis, ...]]:
+        """One tuple per product, of the dimensions that some cuttable family can shrink."""
+        roots = [[self.trace.store.find(terms) for terms in dims] for dims in labels]
+        distinct = {terms.tobytes(): terms for dims in roots for terms in dims}
+        known = dict(zip(distinct, self._make(list(distinct.values())), strict=True))
+        found = [[known[terms.tobytes()] for terms in dims] for dims in roots]
+        return [tuple(axis for axis in dims if axis.tables) for dims in found]
+
+    def _make(self, arrays: list[np.ndarray]) -> list[Axis]:
+        if not arrays:
+            return []
+        row, leaf, path, _ = self.trace.store.leaves(np.concatenate(arrays))
+        order = np.argsort(row, kind="stable")
+        row, leaf, path = row[order], leaf[order], path[order]
+        ends = np.cumsum([len(terms) for terms in arrays])
+        made = []
+        for terms, end in zip(arrays, ends, strict=True):
+            start = end - len(terms)
+            here = slice(*np.searchsorted(row, (start, end)))
+            made.append(Axis(len(terms), self._tables(row[here] - start, leaf[here], path[here])))
+        return made
+
+    def _tables(self, row: np.ndarray, leaf: np.ndarray, path: np.ndarray) -> dict[str, np.ndarray]:
         """Family name to the positions that go with each of its groups; only families that may be cut."""
-        row, leaf, path, _ = self.trace.store.leaves(roots)
         tables = {}
         for number in np.unique(self.grouping.family_of[leaf]):
             family = self.grouping.families[number] if number >= 0 else None
@@ -279,7 +290,9 @@ def _traced(model: nn.Module, inputs: dict[str, Any]) -> _Traced:
         cache = _run(model, inputs, mode)
     grouping = build_families(trace, labels, model)
     held = [mode.labelled(_rows(tensor, *range(tensor.ndim))) for tensor in _cached(cache)]
-    return _Traced(trace, grouping, mode.labels, mode.places, held, _holders(model, cache))
+    axes = _Meaning(trace, grouping).axes([*mode.labels, *held])
+    count = len(mode.labels)
+    return _Traced(axes[:count], mode.places, axes[count:], _holders(model, cache))
 
 
 def _holders(model: nn.Module, cache: Any) -> list[str]:
