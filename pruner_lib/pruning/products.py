@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pruner_lib.discovery.grouping import Grouping, build_families, layer_list, pair_keys, siblings
+from pruner_lib.discovery.grouping import Grouping, build_families, pair_keys, siblings
 from pruner_lib.discovery.state import Info, Trace
 from pruner_lib.discovery.tracing import SEQUENCE, LabelMode, label_parameters, module_paths
 from pruner_lib.pruning.errors import PruningError
@@ -136,9 +136,12 @@ class _Labels(LabelMode):
         super().__init__(trace)
         self.labels: list[list[np.ndarray]] = []
         self.places: list[str] = []
+        self.makers: dict[int, str] = {}  # tensor to the module that made it; the trace keeps tensors alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        for made in out if isinstance(out, list | tuple) else (out,):
+            self.makers[id(made)] = self.trace.module
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
             found = [self.labelled(product) for product in formula(args, out)]
@@ -289,17 +292,11 @@ def _traced(model: nn.Module, inputs: dict[str, Any]) -> _Traced:
     with module_paths(trace, model):
         cache = _run(model, inputs, mode)
     grouping = build_families(trace, labels, model)
-    held = [mode.labelled(_rows(tensor, *range(tensor.ndim))) for tensor in _cached(cache)]
-    axes = _Meaning(trace, grouping).axes([*mode.labels, *held])
+    held = _cached(cache)
+    cached = [mode.labelled(_rows(tensor, *range(tensor.ndim))) for tensor in held]
+    axes = _Meaning(trace, grouping).axes([*mode.labels, *cached])
     count = len(mode.labels)
-    return _Traced(axes[:count], mode.places, axes[count:], _holders(model, cache))
-
-
-def _holders(model: nn.Module, cache: Any) -> list[str]:
-    """The decoder layer that each cached tensor belongs to."""
-    path, _ = layer_list(model)
-    layers = getattr(cache, "layers", ())
-    return [f"{path}.{number}" for number, layer in enumerate(layers) for _ in _held(layer)]
+    return _Traced(axes[:count], mode.places, axes[count:], [mode.makers.get(id(t), "") for t in held])
 
 
 def _run(model: nn.Module, inputs: dict[str, Any], mode: TorchDispatchMode) -> Any:
@@ -311,11 +308,8 @@ def _run(model: nn.Module, inputs: dict[str, Any], mode: TorchDispatchMode) -> A
 
 def _cached(cache: Any) -> list[torch.Tensor]:
     """Keys and values that a cache holds, layer by layer."""
-    return [tensor for layer in getattr(cache, "layers", ()) for tensor in _held(layer)]
-
-
-def _held(layer: Any) -> list[torch.Tensor]:
-    found = [getattr(layer, name, None) for name in ("keys", "values")]
+    layers = getattr(cache, "layers", ())
+    found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
