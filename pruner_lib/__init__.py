@@ -11,7 +11,17 @@ from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
 from pruner_lib.evaluation import count_cost, evaluate, generate, measure_latency, perplexity
 from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
-from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
+from pruner_lib.pruning import (
+    GlobalRanking,
+    PruningError,
+    PruningPlan,
+    plan_pruning,
+    prune,
+    prune_iteratively,
+    prune_layers,
+    scan_sensitivity,
+    score_layers,
+)
 from pruner_lib.recovery import RecoverySettings, recover
 
 __version__ = "0.1.0"
@@ -22,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "DependencyMap",
     "DiscoveryError",
+    "GlobalRanking",
     "ImportanceScores",
     "PruningError",
     "PruningPlan",
@@ -40,6 +51,10 @@ __all__ = [
     "perplexity",
     "plan_pruning",
     "prune",
+    "prune_iteratively",
+    "prune_layers",
     "recover",
     "save_pruned",
+    "scan_sensitivity",
+    "score_layers",
 ]

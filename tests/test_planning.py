@@ -154,7 +154,7 @@ def test_the_papers_block_20_percent():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of ratio and target_params; got neither"),
+        ({}, "exactly one of ratio, target_params, target_macs and target_bytes; got none"),
         ({"ratio": 0.2, "target_params": 0.8}, "got both"),
         ({"ratio": 1.0}, r"ratio 1.0 is outside \[0, 1\)"),
         ({"ratio": -0.1}, r"outside \[0, 1\)"),
@@ -163,7 +163,7 @@ def test_the_papers_block_20_percent():
         ({"ratio": 0.2, "layers": [2, 4]}, "layers 2 to 4 asked for; the model has 4 layers, counted"),
         ({"ratio": 0.2, "layers": [-1]}, "counted from 0 to 3"),
         ({"ratio": 0.2, "layers": []}, "layers none asked for"),
-        ({"ratio": 0.2, "kinds": "mlp"}, "unknown kind 'mlp' in kinds; valid are attention_head, query_head"),
+        ({"ratio": 0.2, "kinds": "neurons"}, "unknown kind 'neurons' in kinds; valid are attention_head, query_head"),
         ({"ratio": 0.2, "kinds": ()}, "no kinds given"),
         ({"ratio": 0.2, "kinds": "expert"}, "kind 'expert': this model has none"),
         ({"ratio": 0.2, "kinds": "vocabulary"}, "'vocabulary': it cannot be cut here: the tokenizer"),

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pruner_lib.importance.calibration import untouched
 from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.layer_config import MARK
+from pruner_lib.pruning.skipping import skipped
 from pruner_lib.pruning.units import layer_of_unit
 
 _LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
@@ -54,8 +56,10 @@ def drop_in_place(model: nn.Module, modules: Mapping[str, str]) -> nn.Module:
         ``model``.
 
     Raises:
-        PruningError: the configuration has no way to say which layers stay.
+        PruningError: the configuration has no way to say which layers stay, or the model computes
+            something else than with those units skipped.
     """
+    expected = _probe(model, modules)
     sublayers = {unit: path for unit, path in modules.items() if unit.count(".") > 1}
     layers = {layer_of_unit(unit): path for unit, path in modules.items() if unit not in sublayers}
     said = is_built_by_its_configuration(model)
@@ -71,7 +75,36 @@ def drop_in_place(model: nn.Module, modules: Mapping[str, str]) -> nn.Module:
             "differ by their number; drop others (the last ones, or a whole repeat of the pattern). The "
             "model is unchanged"
         )
+    _check_same_function(model, expected)
     return model
+
+
+def _probe(model: nn.Module, skip: Mapping[str, str]) -> torch.Tensor | None:
+    """Logits of a few tokens with units skipped; None where there are no weights or no way to run."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    layers = [path for unit, path in skip.items() if unit.count(".") == 1]
+    rest = [path for path in skip.values() if path not in layers]
+    device = next(model.parameters()).device
+    try:
+        with untouched(model), torch.no_grad(), skipped(model, layers, rest):
+            return model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
+    except Exception:  # a model that takes other inputs is not checked
+        return None
+
+
+def _check_same_function(model: nn.Module, expected: torch.Tensor | None) -> None:
+    found = None if expected is None else _probe(model, {})
+    if found is None or expected is None:
+        return
+    scale = float(expected.abs().max()) or 1.0
+    difference = float((found - expected).abs().max())
+    if not difference <= 1e-2 * scale:
+        raise PruningError(
+            f"cannot drop these layers of {type(model).__name__}: without them the model differs from one "
+            f"that skips them (logits by {difference:.2g}), so its code uses a layer's number for more than "
+            "its place in the cache. The model is unchanged"
+        )
 
 
 def _replace(model: nn.Module, sublayers: Mapping[str, str]) -> None:
@@ -104,7 +137,9 @@ def _returned_values(model: nn.Module, paths: Sequence[str]) -> dict[str, int | 
             continue
         if len(found) == len(paths):
             return found
-    raise PruningError(f"{type(model).__name__} could not be run without weights, so no sublayer can be dropped")
+    raise PruningError(
+        f"{type(model).__name__} cannot run without weights, so no sublayer of it can be dropped"
+    )
 
 
 def _share_out_cache(model: nn.Module, without: set[int], sublayers: Mapping[str, str]) -> None:
@@ -164,7 +199,7 @@ def _keep_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
         overrides = copy.deepcopy(text._heterogeneity_spec.per_layer_overrides)
         text.per_layer_config = None
     for name, value in list(vars(text).items()):
-        if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith(("_token_id", "ures")):
+        if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith(_NOT_OF_LAYERS):
             continue
         if len(value) == count:
             vars(text)[name] = type(value)(value[layer] for layer in kept)
@@ -216,4 +251,5 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
     }
 
 
+_NOT_OF_LAYERS = ("token_id", "token_ids", "architectures")  # lists that may have as many entries by chance
 _STATE = ("training", "gradient_checkpointing", "is_gradient_checkpointing", "name_or_path")

@@ -329,7 +329,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not a pruning plan: it does not say "format": "{FORMAT}"')
     if document.get("version") not in (1, VERSION):
         found = document.get("version")
-        raise ValueError(f"{path} is a plan of version {found!r}; this library reads versions 1 and {VERSION}")
+        raise ValueError(f"{path} is a plan of version {found!r}; this library reads versions 1 to {VERSION}")
     missing = {"families", "removal", "params_before"} - set(document)
     if missing:
         raise ValueError(f"{path} is not a whole pruning plan: {', '.join(sorted(missing))} missing")
@@ -361,7 +361,7 @@ def _compared(dense: PlannedCost, cut: PlannedCost) -> str:
     ]
     if dense.kv_cache_bytes_per_token is not None:
         parts.append(
-            f"{dense.kv_cache_bytes_per_token:,} -> {cut.kv_cache_bytes_per_token:,} bytes of KV cache a token"
+            f"{dense.kv_cache_bytes_per_token:,} -> {cut.kv_cache_bytes_per_token:,} bytes of cache a token"
         )
     return "  " + ", ".join(parts)
 

@@ -78,8 +78,8 @@ def checked_units(dependencies: DependencyMap, dropped: Iterable[str]) -> tuple[
 
 
 def without_dropped(
-    dependencies: DependencyMap, removal: Mapping[str, Iterable[int]], dropped: Iterable[str]
-) -> dict[str, Iterable[int]]:
+    dependencies: DependencyMap, removal: Mapping[str, Sequence[int]], dropped: Iterable[str]
+) -> dict[str, Sequence[int]]:
     """A removal without the families that lie in dropped units, which go with them."""
     units = depth_units(dependencies) if dropped else {}
     inside = tuple(f"{units[unit]}." for unit in dropped)

@@ -1,0 +1,250 @@
+"""Meet a ratio or a budget: how many groups each family loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pruner_lib.pruning.costs import CostSum, cost_terms
+from pruner_lib.pruning.ladders import Column, Counts, state_of
+from pruner_lib.pruning.plan import PruningPlan
+from pruner_lib.pruning.ranking import GlobalRanking, ranked_steps
+from pruner_lib.pruning.selection import known
+from pruner_lib.pruning.units import depth_units
+
+if TYPE_CHECKING:
+    from pruner_lib.discovery import DependencyMap
+
+Steps = list[tuple[str, int]]  # column, and groups gone after the step
+_UNIT = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes"}
+_PASS = (1, 64)  # batch size and length at which targets count multiply-accumulates
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A ratio, or a target in one measure.
+
+    Attributes:
+        ratio: share of the groups of each family; one for all kinds or one per kind. None with a target.
+        measure: ``"params"``, ``"macs"`` or ``"bytes"``.
+        target: share of the dense model up to 1, or a count.
+    """
+
+    ratio: float | Mapping[str, float] | None = None
+    measure: str = "params"
+    target: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, Mapping):
+            known(tuple(self.ratio), "ratio")
+        for ratio in self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio or 0,):
+            if not 0 <= ratio < 1:
+                raise ValueError(
+                    f"ratio {ratio} is outside [0, 1): it is the share of groups removed from each family, "
+                    "0.25 for a quarter. For a number of parameters use target_params"
+                )
+        if not 0 < self.target < math.inf:
+            raise ValueError(
+                f"target_{self.measure} {self.target} is no budget: give a share of the dense model up to 1, "
+                "or a count"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        ratio: float | Mapping[str, float] | None,
+        *,
+        params: float | None,
+        macs: float | None,
+        weight_bytes: float | None,
+    ) -> Budget:
+        """The one that was given.
+
+        Raises:
+            ValueError: none or several, or one out of its range.
+        """
+        targets = {"params": params, "macs": macs, "bytes": weight_bytes}
+        given = {measure: target for measure, target in targets.items() if target is not None}
+        names = [*(["ratio"] if ratio is not None else []), *(f"target_{measure}" for measure in given)]
+        if len(names) != 1:
+            found = f"{'both ' if len(names) == 2 else ''}{' and '.join(names)}" if names else "none of them"
+            raise ValueError(
+                f"give exactly one of ratio, target_params, target_macs and target_bytes; got {found}"
+            )
+        if ratio is not None:
+            return cls(ratio=ratio)
+        ((measure, target),) = given.items()
+        return cls(measure=measure, target=target)
+
+    def of_kind(self, kind: str) -> float:
+        """The ratio of a kind; 0 for one that a mapping does not name."""
+        return self.ratio.get(kind, 0.0) if isinstance(self.ratio, Mapping) else self.ratio or 0.0
+
+
+class Search:
+    """Finds how many groups each column loses; keeps nothing but what it was given."""
+
+    def __init__(self, dependencies: DependencyMap, columns: list[Column], budget: Budget) -> None:
+        self._dependencies = dependencies
+        self._columns = columns
+        self._by_name = {column.name: column for column in columns}
+        self._budget = budget
+        self._units = depth_units(dependencies) if any(c.first.units for c in columns) else {}
+        self._none: Counts = dict.fromkeys(self._by_name, 0)
+
+    def plan(self, counts: Counts) -> PruningPlan:
+        """The plan in which each column has lost so many groups."""
+        removal, dropped = state_of(self._columns, counts)
+        return PruningPlan.from_removal(
+            self._dependencies, {name: groups.tolist() for name, groups in removal.items()}, dropped=dropped
+        )
+
+    def evenly(self) -> Counts:
+        """The same share of every family."""
+        if self._budget.ratio is not None:
+            return {c.name: c.first.count(self._budget.of_kind(c.kind)) for c in self._columns}
+        target = self._target()
+        if self._already_met(target):
+            return self._none
+        low, high = self._bracket(target)
+        # From low to high whole kinds jump at once. Let the families jump one by one, dearest groups
+        # first, stop before the target, and cover the rest with single groups of the cheapest kind.
+        cost = self._prices(self._budget.measure)
+        ordered = sorted(self._columns, key=lambda c: (-cost[c.name], c.first.next_score(low[c.name])))
+        jumps = [(c.name, high[c.name]) for c in ordered if high[c.name] > low[c.name]]
+        return self._finish(low, jumps, target, lambda cheapest, now: _turns(cheapest, now))
+
+    def by_rank(self, ranking: GlobalRanking) -> Counts:
+        """The lowest values of one ranking."""
+        target = self._target()
+        if self._already_met(target):
+            return self._none
+        prices = self._prices(self._budget.measure if ranking.weigh == "none" else ranking.weigh)
+        steps = ranked_steps(self._columns, ranking, lambda column: prices[column.name])
+
+        def rest(cheapest: list[Column], now: Counts) -> Steps:
+            names = {column.name for column in cheapest}
+            return [(name, after) for name, after in steps if name in names and after > now[name]]
+
+        return self._finish(self._none, steps, target, rest)
+
+    def _measure(self, counts: Counts, measure: str | None = None) -> int:
+        removal, dropped = state_of(self._columns, counts)
+        return self._sum(measure or self._budget.measure)(removal, [self._units[unit] for unit in dropped])
+
+    def _sum(self, measure: str) -> CostSum:
+        terms = cost_terms(self._dependencies)
+        if measure == "macs":
+            return terms.macs(*_PASS)
+        return terms.params if measure == "params" else terms.weight_bytes
+
+    def _target(self) -> int:
+        """The budget as a count; for a ratio, what the same ratio in every family would leave."""
+        if self._budget.ratio is not None:
+            return self._measure(self.evenly())
+        target = self._budget.target
+        return math.floor(target * self._measure(self._none) if target <= 1 else target)
+
+    def _already_met(self, target: int) -> bool:
+        """True when nothing has to go; refuses a target that no plan meets."""
+        dense, unit = self._measure(self._none), _UNIT[self._budget.measure]
+        label = f"target_{self._budget.measure} {target:,}"
+        if target > dense:
+            raise ValueError(
+                f"{label} is above the dense model's {dense:,} {unit}; give fewer, or a share up to 1"
+            )
+        least = self._measure({column.name: column.first.most for column in self._columns})
+        if least > target:
+            count = sum(len(column.ladders) for column in self._columns)
+            raise ValueError(
+                f"{label} is out of reach: with {self._smallest()} left in each of the {count} "
+                f"selected families, {least:,} of {dense:,} {unit} remain. "
+                "Choose a larger target, more kinds or layers, or a lower floor or minimum"
+            )
+        return dense <= target
+
+    def _smallest(self) -> str:
+        kept = {c.first.size - c.first.most for c in self._columns}
+        return "one group" if kept == {1} else f"{min(kept)} to {max(kept)} groups"
+
+    def _prices(self, measure: str) -> dict[str, float]:
+        """What one group of a column saves when only that group (of each of its families) goes."""
+        dense = self._measure(self._none, measure)
+        prices = {}
+        for column in self._columns:
+            first = column.first.next_count(0)
+            saved = dense - self._measure({**self._none, column.name: first}, measure) if first else 0
+            prices[column.name] = saved / max(first, 1) / len(column.ladders)
+        return prices
+
+    def _bracket(self, target: int) -> tuple[Counts, Counts]:
+        """The two neighbouring sets of counts, each of one common ratio, around the target."""
+        low = dict(self._none)
+        high = {column.name: column.first.most for column in self._columns}
+        under, over = 0.0, 1.0
+        for _ in range(48):  # below the spacing of any two ratios that round differently
+            ratio = (under + over) / 2
+            counts = {column.name: column.first.count(ratio) for column in self._columns}
+            if counts == high or (counts != low and self._measure(counts) <= target):
+                over, high = ratio, counts
+            else:
+                under, low = ratio, counts
+        return low, high
+
+    def _finish(
+        self,
+        low: Counts,
+        jumps: Steps,
+        target: int,
+        single_steps: Callable[[list[Column], Counts], Steps],
+    ) -> Counts:
+        """Jump until just before the target, then take single groups of the cheapest kind."""
+
+        def fits(counts: Counts) -> bool:
+            return self._measure(counts) <= target
+
+        crossing = _first_fit(low, jumps, fits)
+        below = _advance(low, jumps[: crossing - 1])
+        movable = [c for c in self._columns if c.first.next_count(below[c.name]) > below[c.name]]
+        prices = self._prices(self._budget.measure)
+        price = {c.name: prices[c.name] * len(c.ladders) for c in movable}
+        cheapest = [c for c in movable if price[c.name] == min(price.values())]
+        steps = [*single_steps(cheapest, below), *jumps[crossing - 1 : crossing]]
+        return _advance(below, steps[: _first_fit(below, steps, fits)])
+
+
+def _advance(counts: Counts, steps: Iterable[tuple[str, int]]) -> Counts:
+    moved = dict(counts)
+    for name, count in steps:
+        moved[name] = max(moved[name], count)
+    return moved
+
+
+def _first_fit(counts: Counts, steps: Steps, fits: Callable[[Counts], bool]) -> int:
+    """Length of the shortest prefix of ``steps`` that fits; all of them together do."""
+    short, enough = 0, len(steps)
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        if fits(_advance(counts, steps[:middle])):
+            enough = middle
+        else:
+            short = middle
+    return enough
+
+
+def _turns(columns: list[Column], counts: Counts) -> Steps:
+    """One more group at a time, from the columns that have lost the smallest share so far."""
+
+    def share(column: Column) -> float:
+        return now[column.name] / column.first.size
+
+    now, steps = dict(counts), []
+    while movable := [c for c in columns if c.first.next_count(now[c.name]) > now[c.name]]:
+        least = min(map(share, movable))
+        for column in movable:
+            if share(column) == least:
+                now[column.name] = column.first.next_count(now[column.name])
+                steps.append((column.name, now[column.name]))
+    return steps
