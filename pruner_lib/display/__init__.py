@@ -9,6 +9,7 @@ one line what it shows, without times or machine facts, so that a checked cell m
     plot_ranks(first, second, family, *, ratio=0.25)            describe_ranks(the same)
     plot_criteria({name: perplexity}, *, dense=None)            describe_criteria(the same)
     plot_plan(plan)                                             describe_plan(plan)
+    plot_sensitivity(scan)                                      describe_sensitivity(scan)
     plot_learning_curve(history or {name: history})             describe_learning_curve(the same)
     plot_tradeoff(report or {name: (size, quality)})            describe_tradeoff(the same)
 
@@ -35,14 +36,13 @@ from pruner_lib.display.importance import (
     plot_sorted_scores,
 )
 from pruner_lib.display.plan_cost import PlanCost
+from pruner_lib.display.plans import describe_plan, describe_sensitivity, plot_plan, plot_sensitivity
 from pruner_lib.display.results import (
     describe_criteria,
     describe_learning_curve,
-    describe_plan,
     describe_tradeoff,
     plot_criteria,
     plot_learning_curve,
-    plot_plan,
     plot_tradeoff,
 )
 
@@ -65,6 +65,7 @@ __all__ = [
     "describe_learning_curve",
     "describe_plan",
     "describe_ranks",
+    "describe_sensitivity",
     "describe_sorted_scores",
     "describe_tradeoff",
     "draw_family",
@@ -77,6 +78,7 @@ __all__ = [
     "plot_learning_curve",
     "plot_plan",
     "plot_ranks",
+    "plot_sensitivity",
     "plot_sorted_scores",
     "plot_tradeoff",
 ]

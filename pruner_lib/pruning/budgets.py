@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pruner_lib.pruning.costs import CostSum, cost_terms
-from pruner_lib.pruning.ladders import Column, Counts, state_of
+from pruner_lib.pruning.ladders import Column, Counts, Steps, sorted_steps, state_of
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ranking import GlobalRanking, ranked_steps
 from pruner_lib.pruning.selection import known
@@ -17,7 +19,6 @@ from pruner_lib.pruning.units import depth_units
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
 
-Steps = list[tuple[str, int]]  # column, and groups gone after the step
 _UNIT = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes"}
 _PASS = (1, 64)  # batch size and length at which targets count multiply-accumulates
 
@@ -89,46 +90,49 @@ class Search:
     def __init__(self, dependencies: DependencyMap, columns: list[Column], budget: Budget) -> None:
         self._dependencies = dependencies
         self._columns = columns
-        self._by_name = {column.name: column for column in columns}
         self._budget = budget
         self._units = depth_units(dependencies) if any(c.first.units for c in columns) else {}
-        self._none: Counts = dict.fromkeys(self._by_name, 0)
+        self._none: Counts = np.zeros(len(columns), dtype=np.int64)
 
     def plan(self, counts: Counts) -> PruningPlan:
         """The plan in which each column has lost so many groups."""
         removal, dropped = state_of(self._columns, counts)
-        return PruningPlan.from_removal(
-            self._dependencies, {name: groups.tolist() for name, groups in removal.items()}, dropped=dropped
-        )
+        groups = {name: going.tolist() for name, going in removal.items()}
+        return PruningPlan.from_removal(self._dependencies, groups, dropped=dropped)
 
     def evenly(self) -> Counts:
         """The same share of every family."""
         if self._budget.ratio is not None:
-            return {c.name: c.first.count(self._budget.of_kind(c.kind)) for c in self._columns}
+            return self._each(lambda column: column.first.count(self._budget.of_kind(column.kind)))
         target = self._target()
         if self._already_met(target):
             return self._none
         low, high = self._bracket(target)
         # From low to high whole kinds jump at once. Let the families jump one by one, dearest groups
         # first, stop before the target, and cover the rest with single groups of the cheapest kind.
-        cost = self._prices(self._budget.measure)
-        ordered = sorted(self._columns, key=lambda c: (-cost[c.name], c.first.next_score(low[c.name])))
-        jumps = [(c.name, high[c.name]) for c in ordered if high[c.name] > low[c.name]]
-        return self._finish(low, jumps, target, lambda cheapest, now: _turns(cheapest, now))
+        prices = self._prices(self._budget.measure)
+        ordered = sorted(
+            np.flatnonzero(high > low).tolist(),
+            key=lambda place: (-prices[place], self._columns[place].first.next_score(int(low[place]))),
+        )
+        jumps = Steps(np.array(ordered, dtype=np.int64), high[ordered])
+        return self._finish(low, jumps, target, self._turns)
 
     def by_rank(self, ranking: GlobalRanking) -> Counts:
         """The lowest values of one ranking."""
         target = self._target()
         if self._already_met(target):
             return self._none
-        prices = self._prices(self._budget.measure if ranking.weigh == "none" else ranking.weigh)
-        steps = ranked_steps(self._columns, ranking, lambda column: prices[column.name])
+        weigh = self._budget.measure if ranking.weigh == "none" else ranking.weigh
+        steps = ranked_steps(self._columns, ranking, self._prices(weigh))
 
-        def rest(cheapest: list[Column], now: Counts) -> Steps:
-            names = {column.name for column in cheapest}
-            return [(name, after) for name, after in steps if name in names and after > now[name]]
+        def rest(cheapest: np.ndarray, now: Counts) -> Steps:
+            return steps.where(np.isin(steps.column, cheapest) & (steps.after > now[steps.column]))
 
         return self._finish(self._none, steps, target, rest)
+
+    def _each(self, number: Callable[[Column], int]) -> Counts:
+        return np.array([number(column) for column in self._columns], dtype=np.int64)
 
     def _measure(self, counts: Counts, measure: str | None = None) -> int:
         removal, dropped = state_of(self._columns, counts)
@@ -155,7 +159,7 @@ class Search:
             raise ValueError(
                 f"{label} is above the dense model's {dense:,} {unit}; give fewer, or a share up to 1"
             )
-        least = self._measure({column.name: column.first.most for column in self._columns})
+        least = self._measure(self._each(lambda column: column.first.most))
         if least > target:
             count = sum(len(column.ladders) for column in self._columns)
             raise ValueError(
@@ -166,28 +170,29 @@ class Search:
         return dense <= target
 
     def _smallest(self) -> str:
-        kept = {c.first.size - c.first.most for c in self._columns}
+        kept = {column.first.size - column.first.most for column in self._columns}
         return "one group" if kept == {1} else f"{min(kept)} to {max(kept)} groups"
 
-    def _prices(self, measure: str) -> dict[str, float]:
-        """What one group of a column saves when only that group (of each of its families) goes."""
+    def _prices(self, measure: str) -> list[float]:
+        """What one group of each column saves when only that group (of each of its families) goes."""
         dense = self._measure(self._none, measure)
-        prices = {}
-        for column in self._columns:
-            first = column.first.next_count(0)
-            saved = dense - self._measure({**self._none, column.name: first}, measure) if first else 0
-            prices[column.name] = saved / max(first, 1) / len(column.ladders)
+        prices = []
+        for place, column in enumerate(self._columns):
+            counts = self._none.copy()
+            counts[place] = first = column.first.next_count(0)
+            saved = dense - self._measure(counts, measure) if first else 0
+            prices.append(saved / max(first, 1) / len(column.ladders))
         return prices
 
     def _bracket(self, target: int) -> tuple[Counts, Counts]:
         """The two neighbouring sets of counts, each of one common ratio, around the target."""
-        low = dict(self._none)
-        high = {column.name: column.first.most for column in self._columns}
+        low, high = self._none, self._each(lambda column: column.first.most)
         under, over = 0.0, 1.0
         for _ in range(48):  # below the spacing of any two ratios that round differently
             ratio = (under + over) / 2
-            counts = {column.name: column.first.count(ratio) for column in self._columns}
-            if counts == high or (counts != low and self._measure(counts) <= target):
+            counts = self._each(lambda column, ratio=ratio: column.first.count(ratio))  # type: ignore[misc]
+            met = np.array_equal(counts, high)
+            if met or (not np.array_equal(counts, low) and self._measure(counts) <= target):
                 over, high = ratio, counts
             else:
                 under, low = ratio, counts
@@ -198,53 +203,37 @@ class Search:
         low: Counts,
         jumps: Steps,
         target: int,
-        single_steps: Callable[[list[Column], Counts], Steps],
+        single_steps: Callable[[np.ndarray, Counts], Steps],
     ) -> Counts:
         """Jump until just before the target, then take single groups of the cheapest kind."""
+        crossing = self._first_fit(low, jumps, target)
+        below = jumps.advance(low, crossing - 1)
+        now = zip(self._columns, below.tolist(), strict=True)
+        movable = np.flatnonzero([column.first.next_count(count) > count for column, count in now])
+        sizes = np.array([len(column.ladders) for column in self._columns])
+        prices = np.array(self._prices(self._budget.measure)) * sizes
+        cheapest = movable[prices[movable] == prices[movable].min()]
+        last = jumps.where(np.arange(len(jumps)) == crossing - 1)
+        steps = single_steps(cheapest, below).then(last)
+        return steps.advance(below, self._first_fit(below, steps, target))
 
-        def fits(counts: Counts) -> bool:
-            return self._measure(counts) <= target
+    def _first_fit(self, counts: Counts, steps: Steps, target: int) -> int:
+        """Length of the shortest prefix of ``steps`` that fits; all of them together do."""
+        short, enough = 0, len(steps)
+        while enough - short > 1:
+            middle = (short + enough) // 2
+            if self._measure(steps.advance(counts, middle)) <= target:
+                enough = middle
+            else:
+                short = middle
+        return enough
 
-        crossing = _first_fit(low, jumps, fits)
-        below = _advance(low, jumps[: crossing - 1])
-        movable = [c for c in self._columns if c.first.next_count(below[c.name]) > below[c.name]]
-        prices = self._prices(self._budget.measure)
-        price = {c.name: prices[c.name] * len(c.ladders) for c in movable}
-        cheapest = [c for c in movable if price[c.name] == min(price.values())]
-        steps = [*single_steps(cheapest, below), *jumps[crossing - 1 : crossing]]
-        return _advance(below, steps[: _first_fit(below, steps, fits)])
-
-
-def _advance(counts: Counts, steps: Iterable[tuple[str, int]]) -> Counts:
-    moved = dict(counts)
-    for name, count in steps:
-        moved[name] = max(moved[name], count)
-    return moved
-
-
-def _first_fit(counts: Counts, steps: Steps, fits: Callable[[Counts], bool]) -> int:
-    """Length of the shortest prefix of ``steps`` that fits; all of them together do."""
-    short, enough = 0, len(steps)
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        if fits(_advance(counts, steps[:middle])):
-            enough = middle
-        else:
-            short = middle
-    return enough
-
-
-def _turns(columns: list[Column], counts: Counts) -> Steps:
-    """One more group at a time, from the columns that have lost the smallest share so far."""
-
-    def share(column: Column) -> float:
-        return now[column.name] / column.first.size
-
-    now, steps = dict(counts), []
-    while movable := [c for c in columns if c.first.next_count(now[c.name]) > now[c.name]]:
-        least = min(map(share, movable))
-        for column in movable:
-            if share(column) == least:
-                now[column.name] = column.first.next_count(now[column.name])
-                steps.append((column.name, now[column.name]))
-    return steps
+    def _turns(self, places: np.ndarray, counts: Counts) -> Steps:
+        """One more group at a time, from the columns that have lost the smallest share so far."""
+        stops = [np.zeros(0, dtype=np.int64) for _ in self._columns]
+        shares = [np.zeros(0) for _ in self._columns]
+        for place in places.tolist():
+            ladder = self._columns[place].first
+            stops[place] = ladder.stops(int(counts[place]))
+            shares[place] = np.concatenate([counts[place : place + 1], stops[place][:-1]]) / ladder.size
+        return sorted_steps(shares, stops)

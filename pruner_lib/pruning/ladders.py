@@ -68,6 +68,11 @@ class Ladder:
         kept = (self.size - count - 1) // self.step * self.step
         return self.size - kept if kept >= self._lowest else count
 
+    def stops(self, count: int) -> np.ndarray:
+        """All numbers of groups that may go beyond ``count``, ascending."""
+        first = self.next_count(count)
+        return np.arange(first, self.most + 1, self.step) if first > count else np.zeros(0, dtype=np.int64)
+
     def next_score(self, count: int) -> float:
         """Score of what goes between ``count`` and the next number, relative to the ladder's mean."""
         mean = np.abs(self.scores).mean()
@@ -91,7 +96,45 @@ class Column:
         return self.first.kind
 
 
-Counts = dict[str, int]  # column to groups that go
+Counts = np.ndarray
+"""Groups that go, one number per column."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Steps in the order in which they are taken: after step i, ``after[i]`` groups of ``column[i]`` went."""
+
+    column: np.ndarray
+    after: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def advance(self, counts: Counts, number: int) -> Counts:
+        """The counts after the first so many steps."""
+        moved = counts.copy()
+        np.maximum.at(moved, self.column[:number], self.after[:number])
+        return moved
+
+    def then(self, other: Steps) -> Steps:
+        """These steps, and after them others."""
+        return Steps(np.concatenate([self.column, other.column]), np.concatenate([self.after, other.after]))
+
+    def where(self, chosen: np.ndarray) -> Steps:
+        """Some of the steps, in the same order."""
+        return Steps(self.column[chosen], self.after[chosen])
+
+
+def sorted_steps(keys: list[np.ndarray], after: list[np.ndarray]) -> Steps:
+    """Steps of all columns in the order of their keys, ties by column and then as they come.
+
+    Args:
+        keys: per column, one number per step.
+        after: per column, groups gone after each step.
+    """
+    column = np.repeat(np.arange(len(after)), [len(found) for found in after])
+    order = np.argsort(np.concatenate(keys), kind="stable")
+    return Steps(column[order], np.concatenate(after)[order].astype(np.int64))
 
 
 def columns_of(ladders: Iterable[Ladder], *, uniform: bool) -> list[Column]:
@@ -119,9 +162,9 @@ def state_of(columns: Iterable[Column], counts: Counts) -> tuple[dict[str, np.nd
     """``(removal, dropped)`` when each column has lost so many groups."""
     removal: dict[str, np.ndarray] = {}
     dropped: list[str] = []
-    for column in columns:
+    for column, count in zip(columns, counts.tolist(), strict=True):
         for ladder in column.ladders:
-            going = ladder.order[: counts[column.name]]
+            going = ladder.order[:count]
             if ladder.units:
                 dropped += [ladder.units[unit] for unit in going]
             elif len(going):

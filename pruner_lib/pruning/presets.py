@@ -30,4 +30,4 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "one_ranking": Preset(scope="global"),
     }
 )
-"""``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global scope's defaults."""
+"""``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global defaults."""

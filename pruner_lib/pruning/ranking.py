@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 
-from pruner_lib.pruning.ladders import Column, Ladder
+from pruner_lib.pruning.ladders import Column, Ladder, Steps, sorted_steps
 from pruner_lib.pruning.selection import known
 
 STANDARDISE = ("none", "mean", "max", "sum", "rms", "zscore", "robust", "rank")
@@ -92,31 +92,29 @@ class GlobalRanking:
         return max(ladder.least, math.ceil(share * ladder.size - 1e-9))
 
 
-def ranked_steps(
-    columns: Sequence[Column], ranking: GlobalRanking, cost: Callable[[Column], float]
-) -> list[tuple[str, int]]:
-    """Every step that a column may take, the least valuable first: ``(column, groups gone after it)``.
+def ranked_steps(columns: Sequence[Column], ranking: GlobalRanking, prices: Sequence[float]) -> Steps:
+    """Every step that a column may take, the least valuable first.
 
     Args:
         columns: what moves.
         ranking: how values are made.
-        cost: what one group of a column costs.
+        prices: what one group of each column costs.
     """
     standard = _standardised(columns, ranking)
     lowest = min(float(values.min()) for values in standard.values())
     shift = lowest if ranking.weigh != "none" and lowest < 0 else 0.0
-    rows: list[tuple[float, int, int, str, int]] = []
-    for place, column in enumerate(columns):
+    values, after = [], []
+    for column, price in zip(columns, prices, strict=True):
+        stops = column.first.stops(0)
+        starts = np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(stops)]
+        mean = np.mean([standard[ladder.name] for ladder in column.ladders], axis=0)
+        total = np.concatenate([[0.0], np.cumsum(mean)])
+        of_group = (total[stops] - total[starts]) / np.maximum(stops - starts, 1) - shift
         weight = ranking.kind_weights.get(column.kind, 1.0)
-        price = 1.0 if ranking.weigh == "none" else max(cost(column), 1e-30)
-        count, before = 0, -math.inf
-        while (after := column.first.next_count(count)) > count:
-            going = [standard[ladder.name][count:after] for ladder in column.ladders]
-            value = weight * float(np.mean([part.mean() for part in going]) - shift) / price
-            before = max(before, value)  # the order within a column is that of its own scores
-            rows.append((before, place, len(rows), column.name, after))
-            count = after
-    return [(name, after) for _, _, _, name, after in sorted(rows)]
+        value = weight * of_group / (1.0 if ranking.weigh == "none" else max(price, 1e-30))
+        values.append(np.maximum.accumulate(value))  # within a column the order is that of its own scores
+        after.append(stops)
+    return sorted_steps(values, after)
 
 
 def _standardised(columns: Sequence[Column], ranking: GlobalRanking) -> dict[str, np.ndarray]:

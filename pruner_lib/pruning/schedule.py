@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
-from pruner_lib.discovery.families import UnknownFamilyError
 from pruner_lib.pruning.ladders import Scores, family_ladder
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.planning import plan_pruning
@@ -160,18 +159,23 @@ def _on_the_way(first: _First, share: float, measure: str) -> int:
 
 def _down_to(wanted: PruningPlan, dependencies: DependencyMap, scores: Scores) -> PruningPlan:
     """Remove the lowest-scored groups of each family until it has the sizes of a plan for the dense model."""
+    known = {family.name: family for family in dependencies.families}
     removal = {}
     for name, groups in wanted.removal.items():
         dense = wanted.dependencies.family(name)
-        try:
-            family = dependencies.family(name)
-        except UnknownFamilyError:  # one group is left of it, which no longer is a family
-            continue
+        family = known.get(name)
+        if family is None or _places(family) != _places(dense):
+            continue  # one group is left of it, which no longer is a family
         left = (dense.size - len(groups)) // _parts(dense) * _parts(family)
         going = max(family.size - left, 0)
         if going:
             removal[name] = _lowest(family, scores, going)
     return PruningPlan.from_removal(dependencies, removal)
+
+
+def _places(family: GroupFamily) -> set[tuple[str, int]]:
+    """What a family cuts: with one KV head left, its query heads take over the name but not the places."""
+    return {(piece.parameter, piece.dim) for piece in family.slices}
 
 
 def _parts(family: GroupFamily) -> int:
