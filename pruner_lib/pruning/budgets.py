@@ -92,6 +92,7 @@ class Search:
         self._columns = columns
         self._budget = budget
         self._units = depth_units(dependencies) if any(c.first.units for c in columns) else {}
+        self._families = np.array([len(column.ladders) for column in columns])
         self._none: Counts = np.zeros(len(columns), dtype=np.int64)
 
     def plan(self, counts: Counts) -> PruningPlan:
@@ -129,7 +130,11 @@ class Search:
         def rest(cheapest: np.ndarray, now: Counts) -> Steps:
             return steps.where(np.isin(steps.column, cheapest) & (steps.after > now[steps.column]))
 
-        return self._finish(self._none, steps, target, rest)
+        crossing = self._first_fit(self._none, steps, target)
+        before, after = (self._measure(steps.advance(self._none, n)) for n in (crossing - 1, crossing))
+        if 2 * (before - target) < before - after:  # less than half of the last step is needed
+            return self._finish(self._none, steps, target, rest)
+        return self._give_back(steps.advance(self._none, crossing), target, rest)
 
     def _each(self, number: Callable[[Column], int]) -> Counts:
         return np.array([number(column) for column in self._columns], dtype=np.int64)
@@ -210,12 +215,28 @@ class Search:
         below = jumps.advance(low, crossing - 1)
         now = zip(self._columns, below.tolist(), strict=True)
         movable = np.flatnonzero([column.first.next_count(count) > count for column, count in now])
-        sizes = np.array([len(column.ladders) for column in self._columns])
-        prices = np.array(self._prices(self._budget.measure)) * sizes
+        prices = np.array(self._prices(self._budget.measure)) * self._families
         cheapest = movable[prices[movable] == prices[movable].min()]
         last = jumps.where(np.arange(len(jumps)) == crossing - 1)
         steps = single_steps(cheapest, below).then(last)
-        return steps.advance(below, self._first_fit(below, steps, target))
+        counts = steps.advance(below, self._first_fit(below, steps, target))
+        return self._give_back(counts, target, single_steps)
+
+    def _give_back(
+        self, counts: Counts, target: int, single_steps: Callable[[np.ndarray, Counts], Steps]
+    ) -> Counts:
+        """Give single groups of the cheapest kind back, the last taken first, while the target is met."""
+        prices = np.array(self._prices(self._budget.measure)) * self._families
+        cheapest = np.flatnonzero(np.isclose(prices, prices.min()) & (counts > 0))
+        if not len(cheapest) or target - self._measure(counts) < prices.min():
+            return counts
+        start = counts.copy()
+        start[cheapest] = 0
+        if self._measure(start) <= target:
+            return start
+        steps = single_steps(cheapest, start)
+        steps = steps.where(steps.after <= counts[steps.column])
+        return steps.advance(start, self._first_fit(start, steps, target))
 
     def _first_fit(self, counts: Counts, steps: Steps, target: int) -> int:
         """Length of the shortest prefix of ``steps`` that fits; all of them together do."""
