@@ -37,7 +37,7 @@ KINDS = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     share=st.floats(0.65, 1),
     target=st.sampled_from(list(MEASURES)),

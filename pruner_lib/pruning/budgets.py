@@ -132,9 +132,11 @@ class Search:
 
         crossing = self._first_fit(self._none, steps, target)
         before, after = (self._measure(steps.advance(self._none, n)) for n in (crossing - 1, crossing))
-        if 2 * (before - target) < before - after:  # less than half of the last step is needed
-            return self._finish(self._none, steps, target, rest)
-        return self._give_back(steps.advance(self._none, crossing), target, rest)
+        if 2 * (before - target) >= before - after:  # half of the last step is needed, or more
+            counts = self._give_back(steps.advance(self._none, crossing), target, rest)
+            if target - self._measure(counts) < min(self._group_prices()):
+                return counts
+        return self._finish(self._none, steps, target, rest)
 
     def _each(self, number: Callable[[Column], int]) -> Counts:
         return np.array([number(column) for column in self._columns], dtype=np.int64)
@@ -189,6 +191,10 @@ class Search:
             prices.append(saved / max(first, 1) / len(column.ladders))
         return prices
 
+    def _group_prices(self) -> np.ndarray:
+        """What a column saves by its smallest move, in the measure of the budget."""
+        return np.array(self._prices(self._budget.measure)) * self._families
+
     def _bracket(self, target: int) -> tuple[Counts, Counts]:
         """The two neighbouring sets of counts, each of one common ratio, around the target."""
         low, high = self._none, self._each(lambda column: column.first.most)
@@ -215,7 +221,7 @@ class Search:
         below = jumps.advance(low, crossing - 1)
         now = zip(self._columns, below.tolist(), strict=True)
         movable = np.flatnonzero([column.first.next_count(count) > count for column, count in now])
-        prices = np.array(self._prices(self._budget.measure)) * self._families
+        prices = self._group_prices()
         cheapest = movable[prices[movable] == prices[movable].min()]
         last = jumps.where(np.arange(len(jumps)) == crossing - 1)
         steps = single_steps(cheapest, below).then(last)
@@ -226,7 +232,7 @@ class Search:
         self, counts: Counts, target: int, single_steps: Callable[[np.ndarray, Counts], Steps]
     ) -> Counts:
         """Give single groups of the cheapest kind back, the last taken first, while the target is met."""
-        prices = np.array(self._prices(self._budget.measure)) * self._families
+        prices = self._group_prices()
         cheapest = np.flatnonzero(np.isclose(prices, prices.min()) & (counts > 0))
         if not len(cheapest) or target - self._measure(counts) < prices.min():
             return counts
