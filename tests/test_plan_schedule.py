@@ -22,7 +22,12 @@ def grouped():
 
 
 def widths(model):
-    return [(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size) for c in model.config.per_layer_config]
+    """(query heads, KV heads, neurons) of each layer, read off the weights; a head has 4 channels."""
+    layers = model.model.layers
+    return [
+        (x.self_attn.q_proj.weight.shape[0] // 4, x.self_attn.k_proj.weight.shape[0] // 4, x.mlp.down_proj.weight.shape[1])
+        for x in layers
+    ]
 
 
 @pytest.mark.parametrize("kinds", [("attention_head", "mlp_neuron"), ("query_head", "mlp_neuron")])
