@@ -1,4 +1,6 @@
-"""Seconds of a cut against copying the kept weights once, on the default model: ``python benchmarks/cutting.py``.
+"""Seconds of a cut against copying the kept weights once, on the default model.
+
+    python benchmarks/cutting.py --runs 3
 
 The copy is the least any cut can do: every kept number is read and written once. Printed besides: where the
 rest goes (the search for a configuration, the self-check), which does not grow with the width of the model.

@@ -14,7 +14,15 @@ from pruner_lib.discovery import discover
 from pruner_lib.evaluation import count_cost
 from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
 
-KINDS = ("attention_head", "query_head", "mlp_neuron", "hidden_channel", "qk_channel", "value_channel", "expert")
+KINDS = (
+    "attention_head",
+    "query_head",
+    "mlp_neuron",
+    "hidden_channel",
+    "qk_channel",
+    "value_channel",
+    "expert",
+)
 
 
 def meta_llama(**changes):
@@ -44,7 +52,12 @@ ALL = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in 
 def test_a_plan_costs_what_the_cut_model_costs(name):
     model = tiny(name).to("meta")
     plan = mixed_plan(discover(model), seed=len(name))
-    if name in ("gpt_bigcode", "stablelm", "gptj", "phi"):  # everything at once is more than their code can say
+    if name in (
+        "gpt_bigcode",
+        "stablelm",
+        "gptj",
+        "phi",
+    ):  # everything at once is more than their code can say
         neurons = {family: groups for family, groups in plan.removal.items() if "mlp_neuron" in family}
         plan = PruningPlan.from_removal(plan.dependencies, neurons)
     cut = prune(model, plan)

@@ -35,7 +35,12 @@ def skipping(model, dependencies, dropped):
         return logits(model)
 
 
-DROPS = [["layers.1"], ["layers.0", "layers.2"], ["layers.0.attention", "layers.2.mlp"], ["layers.2", "layers.1.mlp"]]
+DROPS = [
+    ["layers.1"],
+    ["layers.0", "layers.2"],
+    ["layers.0.attention", "layers.2.mlp"],
+    ["layers.2", "layers.1.mlp"],
+]
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "bloom"])
@@ -150,7 +155,9 @@ def test_block_influence_by_hand():
     with torch.no_grad():
         states = model(BATCHES, output_hidden_states=True).hidden_states[:3]
         inner = model.model.layers[1]
-        middle = inner(states[1], position_embeddings=model.model.rotary_emb(states[1], torch.arange(11)[None]))
+        middle = inner(
+            states[1], position_embeddings=model.model.rotary_emb(states[1], torch.arange(11)[None])
+        )
         normed = inner.post_attention_layernorm(states[1])
         without = states[1] + inner.mlp(normed)
     cosine = torch.nn.functional.cosine_similarity
@@ -198,7 +205,9 @@ def test_layers_planned_by_score():
 
 def test_plans_with_layers_are_saved_and_loaded(tmp_path):
     dependencies = discover(tiny("llama"))
-    plan = PruningPlan.from_removal(dependencies, {"layers.0.mlp_neuron": [2]}, dropped=["layers.1", "layers.2.mlp"])
+    plan = PruningPlan.from_removal(
+        dependencies, {"layers.0.mlp_neuron": [2]}, dropped=["layers.1", "layers.2.mlp"]
+    )
     again = PruningPlan.load(plan.save(tmp_path / "plan.json"), dependencies)
     assert again.dropped == plan.dropped == ("layers.1", "layers.2.mlp")
     assert again.params_after == plan.params_after and dict(again.removal) == dict(plan.removal)
@@ -207,7 +216,7 @@ def test_plans_with_layers_are_saved_and_loaded(tmp_path):
 def test_layers_that_mean_something_by_their_number_are_refused():
     """GPT-2 may divide its attention by the layer's number; another number computes something else."""
     model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(PruningError, match="no way to say which layers stay|differs from one that skips"):
+    with pytest.raises(PruningError, match=r"no way to say which layers stay|differs from one that skips"):
         prune_layers(model, [0])
     assert prune_layers(model, [2]).config.n_layer == 2, "the last one can go"
 
@@ -223,7 +232,10 @@ def test_layers_that_mean_something_by_their_number_are_refused():
         ({"count": 1}, "give batches"),
         ({"count": 3, "batches": BATCHES}, "count 3: the model has 3 such units"),
         ({"count": 0, "batches": BATCHES, "method": "greedy"}, "give 1 to 2"),
-        ({"count": 1, "batches": BATCHES, "method": "random"}, "unknown method 'random'; valid are influence"),
+        (
+            {"count": 1, "batches": BATCHES, "method": "random"},
+            "unknown method 'random'; valid are influence",
+        ),
         ({"count": 1, "batches": BATCHES, "unit": "head"}, "unknown unit 'head'; valid are block"),
         ({"count": 1, "batches": BATCHES + 1000}, "outside the model's vocabulary"),
     ],

@@ -18,7 +18,10 @@ BARE = {"standardise": "none", "weigh": "none", "floor": 0.0}
 def neurons(first, *others):
     """Scores of the 22 neurons of each of four layers: given values first, then 100."""
     rows = [first, *others, *[[]] * (3 - len(others))]
-    return {f"layers.{i}.mlp_neuron": torch.tensor([*row, *[100.0] * (22 - len(row))]) for i, row in enumerate(rows)}
+    return {
+        f"layers.{i}.mlp_neuron": torch.tensor([*row, *[100.0] * (22 - len(row))])
+        for i, row in enumerate(rows)
+    }
 
 
 def plan(scores, count, **ranking):
@@ -67,7 +70,9 @@ def test_standardised_scores_by_formula(how):
 
 
 def test_ties_share_a_rank():
-    np.testing.assert_allclose(_standardise(np.array([1.0, 1.0]), np.array([1.0, 1.0, 2.0]), "rank"), [1 / 3, 1 / 3])
+    np.testing.assert_allclose(
+        _standardise(np.array([1.0, 1.0]), np.array([1.0, 1.0, 2.0]), "rank"), [1 / 3, 1 / 3]
+    )
 
 
 @pytest.mark.parametrize("weigh", WEIGH)
@@ -77,7 +82,11 @@ def test_cost_in_the_denominator(weigh):
     scores["layers.0.attention_head"] = torch.tensor([5.0, 1e6, 1e6])
     scores["layers.1.mlp_neuron"] = torch.tensor([1.0, *[1e6] * 21])
     columns = columns_of(
-        [family_ladder(DEPENDENCIES.family(name), scores, Limits()) for name in list(scores) if name.endswith(("attention_head", "mlp_neuron"))],
+        [
+            family_ladder(DEPENDENCIES.family(name), scores, Limits())
+            for name in list(scores)
+            if name.endswith(("attention_head", "mlp_neuron"))
+        ],
         uniform=False,
     )
     prices = [576 if column.kind == "attention_head" else 54 for column in columns]
@@ -136,7 +145,9 @@ def test_query_heads_stay_equal_in_every_kv_group():
     kinds = ("query_head", "attention_head", "mlp_neuron")
     found = plan_pruning(DEPENDENCIES, SCORES, target_params=0.7, scope="global", kinds=kinds)
     for layer in range(4):
-        heads, queries = (found.kept_sizes[f"layers.{layer}.{kind}"] for kind in ("attention_head", "query_head"))
+        heads, queries = (
+            found.kept_sizes[f"layers.{layer}.{kind}"] for kind in ("attention_head", "query_head")
+        )
         assert queries % heads == 0
 
 
@@ -159,7 +170,9 @@ def test_presets_give_what_is_not_given():
     )
     assert dict(by_preset.removal) == dict(spelt_out.removal)
     local = plan_pruning(DEPENDENCIES, SCORES, target_params=0.8, preset=mine, scope="local")
-    assert dict(local.removal) == dict(plan_pruning(DEPENDENCIES, SCORES, target_params=0.8, kinds="mlp_neuron").removal)
+    assert dict(local.removal) == dict(
+        plan_pruning(DEPENDENCIES, SCORES, target_params=0.8, kinds="mlp_neuron").removal
+    )
     for name in PRESETS:
         assert plan_pruning(DEPENDENCIES, SCORES, target_params=0.8, preset=name).params_after > 0
 

@@ -25,7 +25,11 @@ def widths(model):
     """(query heads, KV heads, neurons) of each layer, read off the weights; a head has 4 channels."""
     layers = model.model.layers
     return [
-        (x.self_attn.q_proj.weight.shape[0] // 4, x.self_attn.k_proj.weight.shape[0] // 4, x.mlp.down_proj.weight.shape[1])
+        (
+            x.self_attn.q_proj.weight.shape[0] // 4,
+            x.self_attn.k_proj.weight.shape[0] // 4,
+            x.mlp.down_proj.weight.shape[1],
+        )
         for x in layers
     ]
 
@@ -62,9 +66,13 @@ def test_a_target_is_approached_evenly(target):
     measure = {"target_params": "params", "target_macs": "macs", "target_bytes": "weight_bytes"}[target]
     model = grouped()
     options = {target: 0.8, "scope": "global", "ranking": GlobalRanking(floor=0.2)}
-    costs = [getattr(step.plan.cost(), measure) for step in prune_iteratively(model, score, steps=2, **options)]
+    costs = [
+        getattr(step.plan.cost(), measure) for step in prune_iteratively(model, score, steps=2, **options)
+    ]
     dense = getattr(plan_pruning(discover(model), score(model, discover(model)), ratio=0).cost(), measure)
-    assert costs[0] == pytest.approx(0.9 * dense, rel=0.01) and costs[1] == pytest.approx(0.8 * dense, rel=0.01)
+    assert costs[0] == pytest.approx(0.9 * dense, rel=0.01) and costs[1] == pytest.approx(
+        0.8 * dense, rel=0.01
+    )
     assert costs[1] <= 0.8 * dense
 
 

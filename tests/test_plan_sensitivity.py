@@ -18,7 +18,9 @@ BATCHES = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(3
 
 def random_scores(dependencies):
     generator = torch.Generator().manual_seed(4)
-    return ImportanceScores.from_dict({f.name: torch.rand(f.size, generator=generator) for f in dependencies.families})
+    return ImportanceScores.from_dict(
+        {f.name: torch.rand(f.size, generator=generator) for f in dependencies.families}
+    )
 
 
 def perplexity_of(model):
@@ -84,7 +86,12 @@ def test_saved_and_loaded(tmp_path):
         scan.dense, dict(scan.perplexity), scan.ratio, scan.source
     )  # fmt: skip
     assert "proposed layers: 0 to 1" in repr(again) and "–" in repr(again)
-    for text in ("{", "[]", json.dumps({"format": "other", "version": 1}), json.dumps({"format": "pruner_lib.sensitivity"})):
+    for text in (
+        "{",
+        "[]",
+        json.dumps({"format": "other", "version": 1}),
+        json.dumps({"format": "pruner_lib.sensitivity"}),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match="holds no sensitivity scan"):
             Sensitivity.load(tmp_path / "bad.json")

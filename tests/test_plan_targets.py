@@ -10,10 +10,16 @@ from pruner_lib.pruning import GlobalRanking, plan_pruning
 from pruner_lib.pruning.costs import cost_terms
 
 DEPENDENCIES = dependencies_of()
-LAYERS = {f"layers.{i}{unit}": torch.tensor([float(3 + i)]) for i in range(4) for unit in ("", ".attention", ".mlp")}
+LAYERS = {
+    f"layers.{i}{unit}": torch.tensor([float(3 + i)]) for i in range(4) for unit in ("", ".attention", ".mlp")
+}
 SCORES = {**scores_for(DEPENDENCIES).scores, **LAYERS}
 TERMS = cost_terms(DEPENDENCIES)
-MEASURES = {"target_params": TERMS.params, "target_macs": TERMS.macs(1, 64), "target_bytes": TERMS.weight_bytes}
+MEASURES = {
+    "target_params": TERMS.params,
+    "target_macs": TERMS.macs(1, 64),
+    "target_bytes": TERMS.weight_bytes,
+}
 
 
 def measured(plan, target):
@@ -81,7 +87,9 @@ def test_a_uniform_plan_opens_without_per_layer_configuration():
     model = tiny("llama")
     dependencies = discover(model)
     scores = scores_for(dependencies)
-    plan = plan_pruning(dependencies, scores, target_params=0.8, kinds=("mlp_neuron", "query_head"), uniform=True)
+    plan = plan_pruning(
+        dependencies, scores, target_params=0.8, kinds=("mlp_neuron", "query_head"), uniform=True
+    )
     pruned = prune(model, plan)
     assert not pruned.config.is_heterogeneous
     assert pruned.config.intermediate_size == plan.kept_sizes["layers.0.mlp_neuron"] < 48
@@ -101,7 +109,9 @@ def test_minimum_sizes():
 def test_protected_layers_are_left_alone():
     plan = plan_pruning(DEPENDENCIES, SCORES, ratio=0.5, protect=[0, 3])
     assert {DEPENDENCIES.family(name).layer for name in plan.removal} == {1, 2}
-    inner = plan_pruning(DEPENDENCIES, SCORES, ratio=0.5, layers=range(1, 4), protect=[3], kinds=("mlp", "mlp_neuron"))
+    inner = plan_pruning(
+        DEPENDENCIES, SCORES, ratio=0.5, layers=range(1, 4), protect=[3], kinds=("mlp", "mlp_neuron")
+    )
     assert all(".1." in f".{name}." or ".2." in f".{name}." for name in (*inner.removal, *inner.dropped))
 
 
@@ -116,7 +126,11 @@ def test_a_ratio_per_kind():
 def test_a_ratio_of_layers_drops_that_share():
     plan = plan_pruning(DEPENDENCIES, SCORES, ratio=0.5, kinds="block")
     assert plan.dropped == ("layers.0", "layers.1")
-    assert plan_pruning(DEPENDENCIES, SCORES, ratio=0.999, kinds="block").dropped == ("layers.0", "layers.1", "layers.2")
+    assert plan_pruning(DEPENDENCIES, SCORES, ratio=0.999, kinds="block").dropped == (
+        "layers.0",
+        "layers.1",
+        "layers.2",
+    )
 
 
 def test_groups_in_dropped_layers_are_not_named():
@@ -127,7 +141,9 @@ def test_groups_in_dropped_layers_are_not_named():
 
 
 def test_round_to_holds_in_the_global_scope():
-    plan = plan_pruning(DEPENDENCIES, SCORES, target_params=0.8, kinds="mlp_neuron", round_to=4, scope="global")
+    plan = plan_pruning(
+        DEPENDENCIES, SCORES, target_params=0.8, kinds="mlp_neuron", round_to=4, scope="global"
+    )
     sizes = [plan.kept_sizes[f"layers.{i}.mlp_neuron"] for i in range(4)]
     assert all(size % 4 == 0 or size == 22 for size in sizes)
     group = one_group("target_params", ("mlp_neuron",))

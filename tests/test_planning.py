@@ -150,7 +150,7 @@ def test_round_to_holds_under_a_target():
         ({"ratio": 0.2, "layers": [2, 4]}, "layers 2 to 4 asked for; the model has 4 layers, counted"),
         ({"ratio": 0.2, "layers": [-1]}, "counted from 0 to 3"),
         ({"ratio": 0.2, "layers": []}, "layers none asked for"),
-        ({"ratio": 0.2, "kinds": "neurons"}, "unknown kind 'neurons' in kinds; valid are attention_head, query_head"),
+        ({"ratio": 0.2, "kinds": "neurons"}, "unknown kind 'neurons' in kinds; valid are attention_head"),
         ({"ratio": 0.2, "kinds": ()}, "no kinds given"),
         ({"ratio": 0.2, "kinds": "expert"}, "kind 'expert': this model has none"),
         ({"ratio": 0.2, "kinds": "vocabulary"}, "'vocabulary': it cannot be cut here: the tokenizer"),

@@ -122,9 +122,9 @@ def _check_saveable(model: PreTrainedModel) -> None:
         name = differing[0]
         raise CheckpointError(
             f"cannot save this {type(model).__name__}: its configuration has no way to say the new sizes, so "
-            f"no from_pretrained could open it ({name} is {wanted.get(name, 'no part of it')}, the configuration builds "
-            f"{found.get(name, 'no model')}). It works in memory; to save, cut families whose size the "
-            f"configuration of {model.config.model_type} states"
+            f"no from_pretrained could open it ({name} is {wanted.get(name, 'no part of it')}, the "
+            f"configuration builds {found.get(name, 'no model')}). It works in memory; to save, cut "
+            f"families whose size the configuration of {model.config.model_type} states"
         )
 
 
