@@ -10,6 +10,7 @@ one line what it shows, without times or machine facts, so that a checked cell m
     plot_ranks(first, second, family, *, ratio=0.25)            describe_ranks(the same)
     plot_criteria({name: perplexity}, *, dense=None)            describe_criteria(the same)
     plot_plan(plan)                                             describe_plan(plan)
+    plot_sensitivity(scan)                                      describe_sensitivity(scan)
     plot_learning_curve(history or {name: history})             describe_learning_curve(the same)
     plot_tradeoff(report or {name: (size, quality)})            describe_tradeoff(the same)
     plot_latency(table)                                         describe_latency(the same)
@@ -39,16 +40,15 @@ from pruner_lib.display.importance import (
     plot_sorted_scores,
 )
 from pruner_lib.display.plan_cost import PlanCost
+from pruner_lib.display.plans import describe_plan, describe_sensitivity, plot_plan, plot_sensitivity
 from pruner_lib.display.results import (
     describe_criteria,
     describe_latency,
     describe_learning_curve,
-    describe_plan,
     describe_tradeoff,
     plot_criteria,
     plot_latency,
     plot_learning_curve,
-    plot_plan,
     plot_tradeoff,
 )
 
@@ -73,6 +73,7 @@ __all__ = [
     "describe_plan",
     "describe_ranks",
     "describe_score_histogram",
+    "describe_sensitivity",
     "describe_sorted_scores",
     "describe_tradeoff",
     "draw_family",
@@ -87,6 +88,7 @@ __all__ = [
     "plot_plan",
     "plot_ranks",
     "plot_score_histogram",
+    "plot_sensitivity",
     "plot_sorted_scores",
     "plot_tradeoff",
 ]

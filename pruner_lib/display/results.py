@@ -1,66 +1,19 @@
-"""What cutting and recovery did, drawn: plans, criteria, learning curves, size against quality."""
+"""What cutting and recovery did, drawn: criteria, learning curves, size against quality."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pruner_lib.display.style import COLOURS, GREY, HATCHES, INK, MARKERS, layer_of, new_figure, tidy
-from pruner_lib.pruning import PruningPlan
+from pruner_lib.display.style import COLOURS, HATCHES, INK, MARKERS, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, Any]]
-
-
-def plot_plan(plan: PruningPlan) -> Figure:
-    """Parameters that each layer keeps and loses (bars), and groups kept per kind (markers)."""
-    before, after = _layer_params(plan)
-    layers = np.arange(len(before))
-    figure, (bars, lines) = new_figure(9, 3.4, ncols=2)
-    bars.bar(layers, after / 1e6, color=COLOURS[0], label="kept")
-    gone = (before - after) / 1e6
-    bars.bar(layers, gone, bottom=after / 1e6, color=GREY, edgecolor=INK, hatch="///", label="removed")
-    tidy(bars, title="parameters of each layer", xlabel="layer", ylabel="million")
-    bars.legend(loc="lower right", framealpha=0.95)
-    for place, kind in enumerate(dict.fromkeys(plan.dependencies.family(n).kind for n in plan.removal)):
-        families = plan.dependencies.select(kind=kind)
-        share = [100 * plan.kept_sizes[f.name] / f.size for f in families]
-        where = [f.layer for f in families]
-        lines.plot(where, share, color=COLOURS[place], marker=MARKERS[place], markersize=4, label=kind)
-    lines.set_ylim(0, 105)
-    tidy(lines, title="groups kept", xlabel="layer", ylabel="%")
-    if plan.removal:
-        lines.legend(frameon=False, loc="lower right")
-    return figure
-
-
-def describe_plan(plan: PruningPlan) -> str:
-    """What :func:`plot_plan` shows, in one line."""
-    before, after = _layer_params(plan)
-    touched = int((after < before).sum())
-    share = 100 * plan.num_params_removed / plan.params_before
-    return (
-        f"{touched} of {len(before)} layers lose parameters; {plan.params_after:,} of "
-        f"{plan.params_before:,} remain ({share:.1f} % removed)."
-    )
-
-
-def _layer_params(plan: PruningPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters of every layer before and after, from shapes alone."""
-    count = max(1, plan.dependencies.num_layers)
-    totals = np.zeros((2, count))
-    for row, shapes in enumerate((plan.dependencies.shapes, plan.new_shapes())):
-        for name, shape in shapes.items():
-            layer = layer_of(name)
-            outside = name in plan.dependencies.aliases or name in plan.dependencies.buffers
-            if layer is not None and layer < count and not outside:
-                totals[row, layer] += prod(shape)
-    return totals[0], totals[1]
 
 
 def plot_criteria(perplexities: Mapping[str, float], *, dense: float | None = None) -> Figure:

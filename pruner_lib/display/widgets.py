@@ -18,7 +18,7 @@ from pruner_lib.display.coupling import describe_family, draw_family
 from pruner_lib.display.drawing import image_tag
 from pruner_lib.display.importance import describe_ranks, plot_ranks
 from pruner_lib.display.plan_cost import PlanCost
-from pruner_lib.display.results import describe_plan, plot_plan
+from pruner_lib.display.plans import describe_plan, plot_plan
 from pruner_lib.evaluation import Cost, generate
 from pruner_lib.importance import ImportanceScores
 from pruner_lib.pruning import PruningPlan, plan_pruning

@@ -1,8 +1,32 @@
 """Pruning: plans, and the cut that follows them."""
 
+from .costs import PlannedCost
+from .depth import DropStep, drop_greedily, plan_layers, prune_layers, score_layers
 from .errors import PruningError
 from .plan import PruningPlan
 from .planning import plan_pruning
+from .presets import PRESETS, Preset
+from .ranking import GlobalRanking
+from .schedule import PruningStep, prune_iteratively
+from .sensitivity import Sensitivity, scan_sensitivity
 from .surgery import prune
 
-__all__ = ["PruningError", "PruningPlan", "plan_pruning", "prune"]
+__all__ = [
+    "PRESETS",
+    "DropStep",
+    "GlobalRanking",
+    "PlannedCost",
+    "Preset",
+    "PruningError",
+    "PruningPlan",
+    "PruningStep",
+    "Sensitivity",
+    "drop_greedily",
+    "plan_layers",
+    "plan_pruning",
+    "prune",
+    "prune_iteratively",
+    "prune_layers",
+    "scan_sensitivity",
+    "score_layers",
+]

@@ -6,6 +6,7 @@ from torch import nn
 
 from pruner_lib.pruning.attributes import Assignment, apply_assignment, find_assignment
 from pruner_lib.pruning.configuration import find_blueprint, follow_blueprint, shapes_of
+from pruner_lib.pruning.dropping import drop_in_place
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ratios import profiles
@@ -41,6 +42,8 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         46
     """
     _check_same_model(model, plan)
+    if plan.dropped:
+        return drop_in_place(prune(model, plan.width), plan.dropped_modules)
     if not plan.removal:
         return sliced_copy(model, plan)
     trial = sliced_copy(meta_copy(model), plan)

@@ -1,0 +1,297 @@
+"""Depth: which layers, attentions or MLPs matter least, and a model without them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruner_lib.discovery import DependencyMap, discover
+from pruner_lib.importance.calibration import check_batches, mean_loss, micro_batches, token_losses, untouched
+from pruner_lib.importance.scores import ImportanceScores
+from pruner_lib.pruning.plan import PruningPlan
+from pruner_lib.pruning.selection import units_of_kind
+from pruner_lib.pruning.skipping import first_output, first_tensor, skipped
+from pruner_lib.pruning.surgery import prune
+from pruner_lib.pruning.units import UNITS, depth_units
+
+MEASURES = ("influence", "loss")
+METHODS = (*MEASURES, "greedy")
+
+
+def score_layers(
+    model: nn.Module,
+    dependencies: DependencyMap,
+    batches: Tensor,
+    *,
+    unit: str | Iterable[str] = "block",
+    measure: str = "influence",
+    micro_batch_size: int | None = None,
+) -> ImportanceScores:
+    r"""How much each layer, attention or MLP matters, one score ``[1]`` per unit.
+
+    Block influence compares the hidden state x_t of every token with and without the unit:
+
+        influence = 1 − mean_t cos(x_t without, x_t with)
+
+    For a layer these are its input and its output; for a sublayer the layer's outputs without it and with
+    it. 0 is a unit that turns no hidden state. ``"loss"`` is the rise of the mean cross-entropy (nats per
+    token) when the unit is skipped: one forward pass per unit, where influence takes one in all.
+
+    Example:
+        >>> scores = score_layers(model, dependencies, batches)
+        >>> plan_pruning(dependencies, scores, target_params=0.8, kinds="block")
+
+    Args:
+        model: a causal language model; comes back as it was.
+        dependencies: what ``discover`` found in it.
+        batches: token ids ``[N, L]``.
+        unit: ``"block"``, ``"attention"`` or ``"mlp"``, or several.
+        measure: ``"influence"`` or ``"loss"``.
+        micro_batch_size: sequences run at once; None for all.
+
+    Returns:
+        Scores under the units' names (``"layers.5"``, ``"layers.5.mlp"``).
+
+    Raises:
+        ValueError: unusable batches, an unknown unit or measure.
+        FloatingPointError: a loss that is NaN or infinite.
+
+    Source: block influence, ShortGPT (arXiv 2403.03853), section 2.
+    """
+    _check("measure", measure, MEASURES)
+    units = _units(dependencies, unit)
+    pieces = micro_batches(check_batches(model, batches), micro_batch_size)
+    with untouched(model):
+        if measure == "influence":
+            found = _influence(model, units, pieces)
+        else:
+            dense = mean_loss(model, pieces)
+            found = {name: _loss_without(model, units, [name], pieces) - dense for name in units}
+    values = {name: torch.tensor([value], dtype=torch.float64) for name, value in found.items()}
+    return ImportanceScores(
+        scores=values, criterion=f"layer_{measure}", num_samples=len(batches), seq_len=batches.shape[1]
+    )
+
+
+@dataclass(frozen=True)
+class DropStep:
+    """One step of :func:`drop_greedily`.
+
+    Attributes:
+        unit: what went, besides what went before.
+        loss: mean cross-entropy without all of them, nats per token.
+    """
+
+    unit: str
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def drop_greedily(
+    model: nn.Module,
+    dependencies: DependencyMap,
+    batches: Tensor,
+    count: int,
+    *,
+    unit: str | Iterable[str] = "block",
+    micro_batch_size: int | None = None,
+) -> tuple[DropStep, ...]:
+    """Drop, one after another, the unit whose absence raises the loss least, given those already gone.
+
+    A layer that matters little alone may matter once its neighbour is gone; this sees it. It takes about
+    ``count`` × units forward passes, where :func:`score_layers` takes one.
+
+    Args:
+        model: a causal language model; comes back as it was.
+        dependencies: what ``discover`` found in it.
+        batches: token ids ``[N, L]``.
+        count: units to drop.
+        unit: as in :func:`score_layers`.
+        micro_batch_size: sequences run at once; None for all.
+
+    Returns:
+        The units in the order in which they went, with the loss after each.
+
+    Raises:
+        ValueError: a count below 1 or so large that nothing stays; unusable batches; an unknown unit.
+
+    Source: one-shot removal by perplexity, Shortened LLaMA (arXiv 2402.02834); repeated here.
+    """
+    units = _units(dependencies, unit)
+    _check_count(count, len(units))
+    pieces = micro_batches(check_batches(model, batches), micro_batch_size)
+    steps: list[DropStep] = []
+    with untouched(model):
+        while len(steps) < count:
+            gone = [step.unit for step in steps]
+            left = [name for name in units if not _covered(name, gone)]
+            if not left:
+                raise ValueError(f"only {len(steps)} units can go: what is left lies inside them")
+            losses = {name: _loss_without(model, units, [*gone, name], pieces) for name in left}
+            best = min(losses, key=lambda name: losses[name])
+            steps.append(DropStep(best, losses[best]))
+    return tuple(steps)
+
+
+def plan_layers(
+    model: nn.Module,
+    drop: Iterable[str | int] | None = None,
+    *,
+    count: int | None = None,
+    batches: Tensor | None = None,
+    unit: str | Iterable[str] = "block",
+    method: str = "influence",
+    dependencies: DependencyMap | None = None,
+) -> PruningPlan:
+    """A plan that drops whole layers or sublayers; arguments as for :func:`prune_layers`."""
+    found = discover(model) if dependencies is None else dependencies
+    if (drop is None) == (count is None):
+        raise ValueError("give either drop, the layers that go, or count, how many; not both")
+    if drop is not None:
+        names = [f"layers.{part}" if isinstance(part, int) else part for part in _listed(drop)]
+        return PruningPlan.from_removal(found, {}, dropped=names)
+    _check("method", method, METHODS)
+    if batches is None or count is None:
+        raise ValueError(
+            f"method {method!r} looks at text: give batches, token ids [N, L] (load_calibration)"
+        )
+    if method == "greedy":
+        steps = drop_greedily(model, found, batches, count, unit=unit)
+        return PruningPlan.from_removal(found, {}, dropped=[step.unit for step in steps])
+    scores = score_layers(model, found, batches, unit=unit, measure=method)
+    _check_count(count, len(list(scores)))
+    lowest = sorted(scores, key=lambda name: float(scores[name]))[:count]
+    return PruningPlan.from_removal(found, {}, dropped=lowest)
+
+
+def prune_layers(
+    model: nn.Module,
+    drop: Iterable[str | int] | None = None,
+    *,
+    count: int | None = None,
+    batches: Tensor | None = None,
+    unit: str | Iterable[str] = "block",
+    method: str = "influence",
+    dependencies: DependencyMap | None = None,
+) -> nn.Module:
+    """The model without some of its layers, or without the attention or MLP of some.
+
+    A dropped layer hands its input on. The result is an ordinary, shorter model: ``num_hidden_layers`` and
+    the lists of the configuration follow, and plain ``from_pretrained`` opens what ``save_pruned`` writes.
+    A dropped sublayer leaves a gap that no configuration can say: the model works in memory (cache,
+    training, adapters), and ``save_pruned`` refuses it.
+
+    Example:
+        >>> shorter = prune_layers(model, [20, 21])                       # these two
+        >>> shorter = prune_layers(model, count=6, batches=batches)       # the six of least influence
+        >>> thinner = prune_layers(model, ["layers.9.attention"])
+
+    Args:
+        model: left as it is.
+        drop: numbers of layers, or names of units; or give ``count``.
+        count: how many units go.
+        batches: token ids ``[N, L]`` that choose them.
+        unit: ``"block"``, ``"attention"`` or ``"mlp"``, or several.
+        method: ``"influence"``, ``"loss"`` (each alone) or ``"greedy"`` (the loss, one after another).
+        dependencies: what ``discover`` found in the model, if it is at hand.
+
+    Returns:
+        A new model.
+
+    Raises:
+        ValueError: an unknown unit or method, every layer, both or neither of ``drop`` and ``count``.
+        PruningError: the configuration has no way to say which layers stay, or the layers compute
+            something else once they are renumbered.
+    """
+    plan = plan_layers(
+        model, drop, count=count, batches=batches, unit=unit, method=method, dependencies=dependencies
+    )
+    return prune(model, plan)
+
+
+def _listed(drop: Iterable[str | int]) -> list[str | int]:
+    return [drop] if isinstance(drop, str | int) else list(drop)
+
+
+def _check(label: str, value: str, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {label} {value!r}; valid are {', '.join(valid)}")
+
+
+def _check_count(count: int, available: int) -> None:
+    if not 0 < count < available:
+        raise ValueError(
+            f"count {count}: the model has {available} such units and one must stay; "
+            f"give 1 to {available - 1}"
+        )
+
+
+def _units(dependencies: DependencyMap, unit: str | Iterable[str]) -> dict[str, str]:
+    """Name to path of all units of some kinds."""
+    kinds = [unit] if isinstance(unit, str) else list(unit)
+    paths = depth_units(dependencies)
+    for kind in kinds:
+        _check("unit", kind, UNITS)
+    return {name: paths[name] for kind in kinds for name in units_of_kind(dependencies, kind, None)}
+
+
+def _covered(name: str, gone: list[str]) -> bool:
+    """True when a unit has gone, or its layer has."""
+    return name in gone or name.rpartition(".")[0] in gone
+
+
+@contextmanager
+def _without(model: nn.Module, units: Mapping[str, str], names: Iterable[str]) -> Iterator[None]:
+    names = list(names)
+    layers = [units[name] for name in names if name.count(".") == 1]
+    with skipped(model, layers, [units[name] for name in names if name.count(".") > 1]):
+        yield
+
+
+def _loss_without(
+    model: nn.Module, units: Mapping[str, str], names: Iterable[str], pieces: list[Tensor]
+) -> float:
+    with _without(model, units, names):
+        return mean_loss(model, pieces)
+
+
+def _influence(model: nn.Module, units: Mapping[str, str], pieces: list[Tensor]) -> dict[str, float]:
+    """1 − mean cosine per unit, all units in one pass: a layer runs once more for each of its sublayers."""
+    totals = dict.fromkeys(units, 0.0)
+    tokens = 0
+
+    def compare(name: str, path: str) -> Any:
+        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if name.count(".") == 1:
+                other = first_tensor(args, kwargs)
+            else:
+                with skipped(model, sublayers=[path]):
+                    other = first_output(layer.forward(*args, **kwargs))
+            both = first_output(output).double(), other.double()
+            totals[name] += float(nn.functional.cosine_similarity(*both, dim=-1).sum())
+
+        return hook
+
+    handles = []
+    try:
+        for name, path in units.items():
+            layer = path if name.count(".") == 1 else path.rpartition(".")[0]
+            hook = compare(name, path)
+            handles.append(model.get_submodule(layer).register_forward_hook(hook, with_kwargs=True))
+        with torch.no_grad():
+            for piece in pieces:
+                token_losses(model, piece)
+                tokens += piece.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: 1 - total / tokens for name, total in totals.items()}

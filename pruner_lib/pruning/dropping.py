@@ -1,0 +1,255 @@
+"""Take whole layers, or the attention or MLP inside them, out of a model that is ours to change."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pruner_lib.importance.calibration import untouched
+from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
+from pruner_lib.pruning.errors import PruningError
+from pruner_lib.pruning.layer_config import MARK
+from pruner_lib.pruning.skipping import skipped
+from pruner_lib.pruning.units import layer_of_unit
+
+_LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
+
+
+class NoSublayer(nn.Module):
+    """Stands where an attention or MLP was, and adds nothing to the residual stream.
+
+    Returns zeros of the input's shape, or the residual itself where the sublayer adds it on its own
+    (BLOOM), followed by as many None as the sublayer returned values besides.
+    """
+
+    def __init__(self, sublayer: nn.Module, values: int | None) -> None:
+        super().__init__()
+        self.adds_residual = "residual" in inspect.signature(sublayer.forward).parameters
+        self.values = values  # length of the tuple that the sublayer returned; None for a bare tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+        if self.adds_residual:
+            out = kwargs["residual"] if "residual" in kwargs else args[1]
+        else:
+            out = torch.zeros_like(hidden)
+        return out if self.values is None else (out, *[None] * (self.values - 1))
+
+
+def drop_in_place(model: nn.Module, modules: Mapping[str, str]) -> nn.Module:
+    """Remove units of depth from a model, in place, and make its configuration say so.
+
+    Layers are renumbered: the key-value cache has one slot per layer that is left. Lists in the
+    configuration that hold one entry per layer (``layer_types`` …) lose theirs.
+
+    Args:
+        model: a copy that nobody else holds.
+        modules: unit (``"layers.5"``, ``"layers.5.mlp"``) to the path of its module.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        PruningError: the configuration has no way to say which layers stay, or the model computes
+            something else than with those units skipped.
+    """
+    expected = _probe(model, modules)
+    sublayers = {unit: path for unit, path in modules.items() if unit.count(".") > 1}
+    layers = {layer_of_unit(unit): path for unit, path in modules.items() if unit not in sublayers}
+    said = is_built_by_its_configuration(model)
+    if sublayers:
+        _replace(model, sublayers)
+    if layers:
+        _remove(model, layers)
+    if said and layers and not sublayers and not is_built_by_its_configuration(model):
+        gone = ", ".join(map(str, sorted(layers)))
+        raise PruningError(
+            f"cannot drop layers {gone} of {type(model).__name__}: its configuration has no way to say "
+            "which layers stay, so no checkpoint of it could be opened. The layers of this architecture "
+            "differ by their number; drop others (the last ones, or a whole repeat of the pattern). The "
+            "model is unchanged"
+        )
+    _check_same_function(model, expected)
+    return model
+
+
+def _probe(model: nn.Module, skip: Mapping[str, str]) -> torch.Tensor | None:
+    """Logits of a few tokens with units skipped; None where there are no weights or no way to run."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    layers = [path for unit, path in skip.items() if unit.count(".") == 1]
+    rest = [path for path in skip.values() if path not in layers]
+    device = next(model.parameters()).device
+    try:
+        with untouched(model), torch.no_grad(), skipped(model, layers, rest):
+            return model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
+    except Exception:  # a model that takes other inputs is not checked
+        return None
+
+
+def _check_same_function(model: nn.Module, expected: torch.Tensor | None) -> None:
+    found = None if expected is None else _probe(model, {})
+    if found is None or expected is None:
+        return
+    scale = float(expected.abs().max()) or 1.0
+    difference = float((found - expected).abs().max())
+    if not difference <= 1e-2 * scale:
+        raise PruningError(
+            f"cannot drop these layers of {type(model).__name__}: without them the model differs from one "
+            f"that skips them (logits by {difference:.2g}), so its code uses a layer's number for more than "
+            "its place in the cache. The model is unchanged"
+        )
+
+
+def _replace(model: nn.Module, sublayers: Mapping[str, str]) -> None:
+    values = _returned_values(model, list(sublayers.values()))
+    for path in sublayers.values():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, NoSublayer(model.get_submodule(path), values[path]))
+    _share_out_cache(model, {layer_of_unit(u) for u in sublayers if u.endswith(".attention")}, sublayers)
+
+
+def _returned_values(model: nn.Module, paths: Sequence[str]) -> dict[str, int | None]:
+    """How many values each module returns, seen in a run without weights."""
+    from pruner_lib.discovery.tracing import default_inputs, meta_copy
+
+    skeleton, found = meta_copy(model), {}
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            found[path] = len(out) if isinstance(out, tuple) else None
+
+        return hook
+
+    for path in paths:
+        skeleton.get_submodule(path).register_forward_hook(watch(path))
+    for inputs in default_inputs(skeleton):
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                skeleton(**inputs)
+        except Exception:  # the model's own code fails in its own way; the next call may do
+            continue
+        if len(found) == len(paths):
+            return found
+    raise PruningError(
+        f"{type(model).__name__} cannot run without weights, so no sublayer of it can be dropped"
+    )
+
+
+def _share_out_cache(model: nn.Module, without: set[int], sublayers: Mapping[str, str]) -> None:
+    """Give the attentions that stay the first slots of the cache, in place.
+
+    A cache tells its length by the first slot of a kind (full or sliding), which must be in use.
+    """
+    if not without:
+        return
+    config = getattr(model, "config", None)
+    path = next(iter(sublayers.values())).split(".")
+    layers = model.get_submodule(".".join(path[: path.index(str(layer_of_unit(next(iter(sublayers)))))]))
+    count = len(list(layers.children()))
+    types = getattr(config, "layer_types", None) or [""] * count
+    for kind in dict.fromkeys(types):
+        slots = [layer for layer in range(count) if types[layer] == kind]
+        users = [layer for layer in slots if layer not in without]
+        for slot, layer in zip(slots, users, strict=False):
+            _renumber(layers.get_submodule(str(layer)), layer, slot)
+
+
+def _remove(model: nn.Module, layers: Mapping[int, str]) -> None:
+    parent = next(iter(layers.values())).rpartition(".")[0]
+    holder = model.get_submodule(parent)
+    kept = [layer for layer in range(len(list(holder.children()))) if layer not in layers]
+    left = [holder.get_submodule(str(layer)) for layer in kept]
+    for new, (old, layer) in enumerate(zip(kept, left, strict=True)):
+        _renumber(layer, old, new)
+    owner, _, name = parent.rpartition(".")
+    setattr(model.get_submodule(owner), name, type(holder)(left) if _is_list(holder) else type(holder)(*left))
+    seen: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            seen[id(config)] = config
+    for config in seen.values():
+        _keep_layers(config, kept)
+
+
+def _is_list(holder: nn.Module) -> bool:
+    return isinstance(holder, nn.ModuleList)
+
+
+def _renumber(layer: nn.Module, old: int, new: int) -> None:
+    for module in layer.modules():
+        for name in _LAYER_NUMBERS:
+            if vars(module).get(name) == old:
+                setattr(module, name, new)
+
+
+def _keep_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
+    """Make a configuration, in place, that of the layers ``kept``."""
+    text = config.get_text_config(decoder=True)
+    count = text.num_hidden_layers
+    overrides: dict[int, dict[str, Any]] = {}
+    if text.is_heterogeneous:
+        overrides = copy.deepcopy(text._heterogeneity_spec.per_layer_overrides)
+        text.per_layer_config = None
+    for name, value in list(vars(text).items()):
+        if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith(_NOT_OF_LAYERS):
+            continue
+        if len(value) == count:
+            vars(text)[name] = type(value)(value[layer] for layer in kept)
+        elif name.endswith("_layers") and all(isinstance(v, int) and 0 <= v < count for v in value):
+            vars(text)[name] = type(value)(kept.index(layer) for layer in value if layer in kept)
+    vars(text)[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
+    if overrides:
+        _restore_overrides(text, {new: overrides.get(old, {}) for new, old in enumerate(kept)})
+
+
+def _restore_overrides(config: PreTrainedConfig, overrides: dict[int, dict[str, Any]]) -> None:
+    """Per-layer entries of the layers left; those that are now the same everywhere become global."""
+    for entry in dict.fromkeys(entry for values in overrides.values() for entry in values):
+        current = [values.get(entry, vars(config).get(entry)) for values in overrides.values()]
+        if all(value == current[0] for value in current):
+            vars(config)[entry] = current[0]
+            for values in overrides.values():
+                values.pop(entry, None)
+    if any(overrides.values()):
+        config.per_layer_config = {layer: values for layer, values in overrides.items() if values}
+        return
+    plain = copy.deepcopy(config)
+    vars(plain).pop(MARK, None)
+    if saved_and_read(plain) is not None:
+        vars(config).pop(MARK, None)
+
+
+def is_built_by_its_configuration(model: nn.Module) -> bool:
+    """True when the configuration, saved and read back, builds modules of the same shapes and numbers."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    config = saved_and_read(model.config)
+    if config is None:
+        return False
+    config._attn_implementation_internal = model.config._attn_implementation_internal
+    built = build_empty(type(model), config)
+    if built is None or shapes_of(built) != shapes_of(model):
+        return False
+    others = dict(built.named_modules())
+    return all(name in others and _numbers(m) == _numbers(others[name]) for name, m in model.named_modules())
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Plain values that a module keeps, which its forward may depend on."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in _STATE
+    }
+
+
+_NOT_OF_LAYERS = ("token_id", "token_ids", "architectures")  # lists that may have as many entries by chance
+_STATE = ("training", "gradient_checkpointing", "is_gradient_checkpointing", "name_or_path")

@@ -1,0 +1,33 @@
+"""Recipes by name: scope, kinds and ranking that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from pruner_lib.pruning.ranking import GlobalRanking
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What ``plan_pruning`` uses where its caller gives nothing.
+
+    Attributes:
+        scope: ``"local"`` or ``"global"``.
+        kinds: which kinds to prune.
+        ranking: how the global scope compares them.
+    """
+
+    scope: str = "local"
+    kinds: tuple[str, ...] = ("attention_head", "mlp_neuron")
+    ranking: GlobalRanking = field(default_factory=GlobalRanking)
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "paper": Preset(),
+        "one_ranking": Preset(scope="global"),
+    }
+)
+"""``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global defaults."""

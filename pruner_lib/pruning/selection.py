@@ -1,0 +1,132 @@
+"""What a plan may touch: kinds, layers, multiples and minimum sizes, checked before anything is planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pruner_lib.discovery.families import KINDS, GroupFamily
+from pruner_lib.pruning.units import UNITS, depth_units, layer_of_unit
+
+if TYPE_CHECKING:
+    from pruner_lib.discovery import DependencyMap
+
+Per = int | Mapping[str, int]  # one number for all kinds, or a number per kind
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What must hold for the groups that a family keeps.
+
+    Attributes:
+        round_to: a multiple of this, in a family that loses any.
+        minimum: at least so many.
+    """
+
+    round_to: Per = 1
+    minimum: Per = 1
+
+    def __post_init__(self) -> None:
+        for label, value in (("round_to", self.round_to), ("minimum", self.minimum)):
+            if isinstance(value, Mapping):
+                known(tuple(value), label)
+            for number in value.values() if isinstance(value, Mapping) else (value,):
+                if number < 1:
+                    raise ValueError(f"{label} must be at least 1, not {number}")
+
+    def of(self, family: GroupFamily) -> tuple[int, int]:
+        """``(step, least)`` of a family; for query heads the step is a multiple of the KV groups too."""
+        wanted, least = _of(self.round_to, family.kind), _of(self.minimum, family.kind)
+        parts = 1 if family.partition is None else len(np.unique(family.partition))
+        step = math.lcm(wanted, parts)
+        for label, number, value in (("round_to", step, wanted), ("minimum", least, least)):
+            if number > family.size:
+                raise ValueError(
+                    f"{label} {value} cannot be met by {family.name}: it has {family.size} groups"
+                    + (f" in {parts} equal parts" if parts > 1 else "")
+                    + f". Give a number per kind, for example {label}={{'mlp_neuron': {value}}}"
+                )
+        return step, least
+
+
+def _of(value: Per, kind: str) -> int:
+    return value.get(kind, 1) if isinstance(value, Mapping) else value
+
+
+def known(kinds: tuple[str, ...], argument: str) -> tuple[str, ...]:
+    """The kinds, all of them valid.
+
+    Raises:
+        ValueError: an unknown kind, or none.
+    """
+    unknown = [kind for kind in kinds if kind not in (*KINDS, *UNITS)]
+    if unknown or not kinds:
+        asked = f"unknown kind {unknown[0]!r} in {argument}" if unknown else f"no kinds given in {argument}"
+        raise ValueError(f"{asked}; valid are {', '.join((*KINDS, *UNITS))}")
+    return kinds
+
+
+def chosen_layers(
+    dependencies: DependencyMap, layers: Iterable[int] | None, protect: Iterable[int]
+) -> list[int] | None:
+    """Layers that may be touched; None for all.
+
+    Raises:
+        ValueError: a layer that the model has not, or none left.
+    """
+    last = dependencies.num_layers - 1
+    wanted = None if layers is None else sorted(set(layers))
+    spared = sorted(set(protect))
+    for label, found in (("layers", wanted), ("protect", spared or None)):
+        if found is not None and (not found or found[0] < 0 or found[-1] > last):
+            asked = f"{found[0]} to {found[-1]}" if found else "none"
+            raise ValueError(
+                f"{label} {asked} asked for; the model has {dependencies.num_layers} layers, "
+                f"counted from 0 to {last}"
+            )
+    if not spared:
+        return wanted
+    left = [layer for layer in wanted or range(last + 1) if layer not in spared]
+    if not left:
+        raise ValueError(f"protect leaves no layer to prune: all of {wanted or f'0 to {last}'} are protected")
+    return left
+
+
+def families_of_kind(dependencies: DependencyMap, kind: str, layers: list[int] | None) -> list[GroupFamily]:
+    """Cuttable families of a kind in the layers.
+
+    Raises:
+        ValueError: there is none; says why, and which kinds can be cut.
+    """
+    present = [family for family in dependencies.families if family.kind == kind]
+    placed = [family for family in present if layers is None or family.layer in layers]
+    found = [family for family in placed if family.cuttable]
+    if found:
+        return found
+    cuttable = dict.fromkeys(family.kind for family in dependencies.families if family.cuttable)
+    if not present:
+        reason = "this model has none"
+    elif not placed:
+        reason = "none in these layers (families that span layers need layers=None and no protect)"
+    else:
+        reason = f"it cannot be cut here: {placed[0].blocked}"
+    raise ValueError(f"kind {kind!r}: {reason}. Kinds that can be cut in this model: {', '.join(cuttable)}")
+
+
+def units_of_kind(dependencies: DependencyMap, kind: str, layers: list[int] | None) -> list[str]:
+    """Units of depth of a kind in the layers.
+
+    Raises:
+        ValueError: the model has none, or none there.
+    """
+    ending = "" if kind == "block" else f".{kind}"
+    every = [u for u in depth_units(dependencies) if u == f"layers.{layer_of_unit(u)}{ending}"]
+    found = [unit for unit in every if layers is None or layer_of_unit(unit) in layers]
+    if not found:
+        reason = "no single module of a layer holds it" if not every else "none in these layers"
+        raise ValueError(f"kind {kind!r}: this model has no such unit of depth that can be dropped: {reason}")
+    return found
