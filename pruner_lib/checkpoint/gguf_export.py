@@ -101,19 +101,26 @@ def _add_fields(writer: gguf.GGUFWriter, layout: Layout, model: PreTrainedModel,
     writer.add_rope_dimension_count(layout.head_dim)
     writer.add_rope_freq_base(layout.rope_theta)
     writer.add_layer_norm_rms_eps(layout.epsilon)
-    widths = [_written(layer) for layer in layout.layers]
-    heads, kv_heads, neurons = zip(*((w.heads, w.kv_heads, w.neurons) for w in widths), strict=True)
+    heads, kv_heads, neurons = zip(*((w.heads, w.kv_heads, w.neurons) for w in _written(layout)), strict=True)
     varying = layout.architecture == layout.dialect.varying
     writer.add_head_count(list(heads) if varying else heads[0])
     writer.add_head_count_kv(list(kv_heads) if varying else kv_heads[0])
     writer.add_feed_forward_length(list(neurons) if varying else neurons[0])
 
 
-def _written(layer: LayerWidths) -> LayerWidths:
-    """Widths as the file has them: llama.cpp's deci forgets the attention of a layer without an MLP."""
-    if layer.heads and not layer.neurons:
-        return LayerWidths(layer.heads, layer.kv_heads, _SMALLEST_MLP)
-    return layer
+def _written(layout: Layout) -> tuple[LayerWidths, ...]:
+    """Widths as the file has them: two sublayers that are gone are written as zeros.
+
+    llama.cpp's deci forgets the attention of a layer without an MLP, and takes the size of all heads
+    for 0 when the first layer has none.
+    """
+    layers = []
+    for index, layer in enumerate(layout.layers):
+        heads, kv_heads, neurons = layer.heads, layer.kv_heads, layer.neurons
+        if index == 0 and not heads:
+            heads = kv_heads = 1
+        layers.append(LayerWidths(heads, kv_heads, neurons or (_SMALLEST_MLP if heads else 0)))
+    return tuple(layers)
 
 
 def _named_tensors(model: PreTrainedModel, layout: Layout) -> dict[str, torch.Tensor]:
@@ -137,8 +144,10 @@ def _named_tensors(model: PreTrainedModel, layout: Layout) -> dict[str, torch.Te
                 f"of shape {tuple(parameter.shape)}"
             )
         found[name] = parameter.detach()
-    for index, layer in enumerate(layout.layers):
-        if layer != _written(layer):
+    for index, (real, written) in enumerate(zip(layout.layers, _written(layout), strict=True)):
+        if real.heads != written.heads:
+            found |= _zero_attention(index, layout)
+        if real.neurons != written.neurons:
             found |= _zero_mlp(index, layout.hidden)
     return found
 
@@ -152,6 +161,13 @@ def _belongs_to_missing_sublayer(source: str, layout: Layout) -> bool:
     if parts[-2] == "input_layernorm":
         return not layer.heads
     return parts[-2] == "post_attention_layernorm" and not layer.neurons
+
+
+def _zero_attention(index: int, layout: Layout) -> dict[str, torch.Tensor]:
+    wide, narrow = torch.zeros(layout.head_dim, layout.hidden), torch.zeros(layout.hidden, layout.head_dim)
+    parts = {"attn_norm": torch.ones(layout.hidden), "attn_q": wide, "attn_k": wide, "attn_v": wide,
+             "attn_output": narrow}  # fmt: skip
+    return {f"blk.{index}.{name}.weight": tensor for name, tensor in parts.items()}
 
 
 def _zero_mlp(index: int, hidden: int) -> dict[str, torch.Tensor]:
@@ -195,7 +211,7 @@ def _values(name: str, tensor: torch.Tensor, layout: Layout, kind: GGMLQuantizat
         raise CheckpointError(f"cannot export to GGUF: {name} holds NaN or infinity")
     parts = name.split(".")
     if layout.dialect.interleaved and parts[0] == "blk" and parts[2] in ("attn_q", "attn_k"):
-        layer = layout.layers[int(parts[1])]
+        layer = _written(layout)[int(parts[1])]
         values = interleaved(values, layer.heads if parts[2] == "attn_q" else layer.kv_heads)
     if name.endswith("norm.weight"):
         values = values + layout.dialect.norm_offset

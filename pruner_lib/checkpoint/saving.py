@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from pruner_lib.checkpoint.errors import CheckpointError
+from pruner_lib.checkpoint.model_card import Quality, QualityReport, model_card
+from pruner_lib.checkpoint.record import CARD_FILE, PROVENANCE_FILE, provenance_of, write_record
 from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
-from pruner_lib.pruning.layer_config import enable_per_layer_config, is_marked
+from pruner_lib.pruning.layer_config import enable_per_layer_config
 
 if TYPE_CHECKING:
+    from pruner_lib.importance import ImportanceScores
     from pruner_lib.pruning.plan import PruningPlan
 
 CONFIG_FILE = "config.json"
 PLAN_FILE = "pruning_plan.json"
-PROVENANCE_FILE = "provenance.json"
-_FORMAT = "pruner_lib.checkpoint"
+QUALITY_FILE = "evaluation.json"
 
 
 def save_pruned(
@@ -32,6 +34,8 @@ def save_pruned(
     *,
     tokenizer: Any = None,
     plan: PruningPlan | None = None,
+    scores: ImportanceScores | None = None,
+    quality: Quality | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a pruned model as safetensors with its configuration.
@@ -43,12 +47,20 @@ def save_pruned(
     exchange two folders, the old one waits under ``.<directory>.old`` between two renames; the next
     ``save_pruned`` or ``load_pruned`` brings it back.)
 
+    Beside the model lie a model card ``README.md`` and ``provenance.json``, which holds what the model, the
+    plan and the scores know of their making and the SHA-256 of every file.
+
+    >>> save_pruned(pruned, "runs/pruned", tokenizer=tokenizer, plan=plan, scores=scores)
+
     Args:
         model: what ``prune`` or ``recover`` returned.
         directory: a new folder, an empty one, or an earlier checkpoint, which is replaced.
         tokenizer: saved beside the model if given.
         plan: saved as ``pruning_plan.json`` if given.
-        provenance: what the model came from (base model, criterion, calibration, seed); any JSON.
+        scores: what the plan was made from; criterion, reduction, calibration and seed are recorded.
+        quality: an evaluation report, saved as ``evaluation.json``, or numbers by name; for the model card.
+        provenance: what else should be known (recovery, remarks); any JSON. ``base_model`` and ``license``
+            in it correct what is found out.
 
     Returns:
         The folder.
@@ -62,12 +74,16 @@ def save_pruned(
     recover_interrupted(target)
     _check_target(target)
     _check_saveable(model)
-    document = _provenance_text(model, provenance)
+    document = provenance_of(model, plan, scores, provenance)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new-"))
     try:
         _write(model, temporary, tokenizer, plan)
-        (temporary / PROVENANCE_FILE).write_text(document, encoding="utf-8")
+        card = model_card(model, document, plan, quality)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        if isinstance(quality, QualityReport):
+            quality.save(temporary / QUALITY_FILE)
+        write_record(temporary, document)
         os.chmod(temporary, 0o755)  # mkdtemp makes it private; a result is an ordinary folder
         _flush(temporary)
         _swap(temporary, target)
@@ -126,27 +142,6 @@ def _check_saveable(model: PreTrainedModel) -> None:
             f"{found.get(name, 'no model')}). It works in memory; to save, cut families whose size the "
             f"configuration of {model.config.model_type} states"
         )
-
-
-def _provenance_text(model: PreTrainedModel, provenance: Mapping[str, Any] | None) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        library = version("pruner-lab")
-    except PackageNotFoundError:  # run from a source folder
-        library = "source"
-    opens_with = "import pruner_lib, then from_pretrained" if is_marked(model.config) else "from_pretrained"
-    document = {
-        "format": _FORMAT,
-        "library_version": library,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "opens_with": opens_with,
-        "provenance": dict(provenance or {}),
-    }
-    try:
-        return json.dumps(document, indent=1)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"provenance must be plain JSON (numbers, text, lists): {error}") from error
 
 
 def _write(model: PreTrainedModel, folder: Path, tokenizer: Any, plan: PruningPlan | None) -> None:
