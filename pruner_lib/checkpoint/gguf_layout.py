@@ -169,8 +169,8 @@ def _architecture(model_type: str, dialect: Dialect, layers: tuple[LayerWidths, 
     ]
     raise CheckpointError(
         f"cannot export this {model_type} model to GGUF: its layers differ in {', '.join(differing)}, and "
-        f"llama.cpp's {dialect.name} has one number for all layers. Only llama, mistral and qwen2 models may differ "
-        "from layer to layer (its deci architecture). Prune with one width per kind in all layers"
+        f"llama.cpp's {dialect.name} has one number for all layers. Only llama, mistral and qwen2 models may "
+        "differ from layer to layer (its deci architecture). Prune with one width per kind in all layers"
     )
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
+from pruner_lib.checkpoint.record import NEEDS_LIBRARY
+
 if TYPE_CHECKING:
     from pruner_lib.pruning.plan import PruningPlan
 
@@ -30,6 +32,8 @@ def model_card(
     provenance: Mapping[str, Any],
     plan: PruningPlan | None = None,
     quality: Quality | None = None,
+    *,
+    elsewhere: str = "",
 ) -> str:
     """The card as Markdown with the front matter that model hubs read.
 
@@ -38,6 +42,7 @@ def model_card(
         provenance: what :func:`provenance_of` returned.
         plan: says what was removed.
         quality: an evaluation report, or numbers by name.
+        elsewhere: a Markdown table of the programs that open the model.
     """
     base = provenance["base_model"]
     sections = [
@@ -48,6 +53,7 @@ def model_card(
         "" if plan is None else f"## What was removed\n\n```text\n{plan.summary()}\n```",
         "## Quality\n\n" + _quality(quality),
         "## Load it\n\n" + _loading(provenance),
+        elsewhere and "## What else opens it\n\n" + elsewhere.rstrip(),
         "## How it was made\n\n" + _making(provenance),
         "## Licence and limits\n\n" + _terms(base, provenance["license"]),
     ]
@@ -70,11 +76,9 @@ def _title(base: str | None) -> str:
 
 def _summary(base: str | None, provenance: Mapping[str, Any], plan: PruningPlan | None) -> str:
     of = f"`{base}`" if base else "a language model"
-    if plan is None:
-        return f"This is {of} after structural pruning: an ordinary, smaller model with nothing masked or sparse."
-    share = 100 * plan.num_params_removed / plan.params_before
+    share = "" if plan is None else f" {100 * plan.num_params_removed / plan.params_before:.1f} %"
     return (
-        f"This is {of} with {share:.1f} % of its parameters removed by structural pruning: whole heads, "
+        f"This is {of} with{share or ' part'} of its parameters removed by structural pruning: whole heads, "
         "neurons, channels or layers are gone, so it is an ordinary, smaller model with nothing masked or "
         "sparse."
     )
@@ -87,13 +91,13 @@ def _size(model: PreTrainedModel, provenance: Mapping[str, Any]) -> str:
     weights = f"weights in {' and '.join(kinds)}"
     if dense is None:
         return f"{kept:,} parameters; {weights} take {bytes_kept / 2**20:,.1f} MiB."
-    bytes_dense = bytes_kept * dense / kept
+    mib, ratio = bytes_kept / 2**20, kept / dense
     return "\n".join(
         [
             "| | dense | this model | ratio |",
             "|---|---:|---:|---:|",
-            f"| parameters | {dense:,} | {kept:,} | {kept / dense:.3f} |",
-            f"| {weights} | {bytes_dense / 2**20:,.1f} MiB | {bytes_kept / 2**20:,.1f} MiB | {kept / dense:.3f} |",
+            f"| parameters | {dense:,} | {kept:,} | {ratio:.3f} |",
+            f"| {weights} | {mib / ratio:,.1f} MiB | {mib:,.1f} MiB | {ratio:.3f} |",
         ]
     )
 
@@ -101,8 +105,8 @@ def _size(model: PreTrainedModel, provenance: Mapping[str, Any]) -> str:
 def _quality(quality: Quality | None) -> str:
     if quality is None:
         return (
-            "Not measured when the model was saved. A pruned model is worse than the dense one until measured "
-            "otherwise: compare perplexity and tasks on your own text first."
+            "Not measured when the model was saved. Take a pruned model for worse than the dense one until "
+            "you have compared perplexity and tasks on text of your own."
         )
     if isinstance(quality, QualityReport):
         return quality.to_markdown().rstrip()
@@ -110,7 +114,7 @@ def _quality(quality: Quality | None) -> str:
 
 
 def _loading(provenance: Mapping[str, Any]) -> str:
-    needs = "import" in provenance["opens_with"]
+    needs = provenance["opens_with"] == NEEDS_LIBRARY
     lines = ["```python"]
     if needs:
         lines.append("import pruner_lib  # the layers differ in width: pip install pruner-lab")
@@ -162,8 +166,8 @@ def _terms(base: str | None, licence: str | None) -> str:
     first = (
         f"The weights derive from {of}, whose licence, {licence}, applies to them."
         if licence
-        else f"The weights derive from {of}; its licence applies to them and was not recorded here. Look it up "
-        "before you share them."
+        else f"The weights derive from {of}; its licence applies to them and was not recorded here. Look it "
+        "up before you share them."
     )
     return f"{first} What the base model gets wrong, this one gets wrong too, and pruning loses more."
 

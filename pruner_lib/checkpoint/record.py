@@ -16,7 +16,7 @@ from pruner_lib.assets.files import sha256_of
 from pruner_lib.assets.manifest import load_manifest
 from pruner_lib.assets.models import DEFAULT_MODEL
 from pruner_lib.checkpoint.errors import CheckpointError
-from pruner_lib.pruning.layer_config import is_marked
+from pruner_lib.checkpoint.twin import needs_library, twin_config
 
 if TYPE_CHECKING:
     from pruner_lib.importance import ImportanceScores
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "README.md"
 FORMAT = "pruner_lib.checkpoint"
+NEEDS_LIBRARY = "import pruner_lib, then from_pretrained"
 _CALIBRATION = ("source", "num_samples", "seq_len")
 
 
@@ -56,9 +57,8 @@ def provenance_of(
         "library_version": _version("pruner-lab"),
         "transformers_version": _version("transformers"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "opens_with": "import pruner_lib, then from_pretrained"
-        if is_marked(model.config)
-        else "from_pretrained",
+        "opens_with": NEEDS_LIBRARY if needs_library(model.config) else "from_pretrained",
+        "saved_as": (twin_config(model.config) or model.config).model_type,
         "base_model": given.get("base_model", base),
         "license": given.get("license", licence),
         "dense_parameters": None if plan is None else plan.params_before,
@@ -154,8 +154,9 @@ def _check_file(folder: Path, name: str, expected: Any, contents: bool) -> None:
         raise CheckpointError(f"{folder} is not whole: {name} is missing; save the model again")
     size = path.stat().st_size
     if size != expected["bytes"]:
+        saved = expected["bytes"]
         raise CheckpointError(
-            f"{path} is damaged: it has {size:,} bytes, saved were {expected['bytes']:,}; save the model again"
+            f"{path} is damaged: it has {size:,} bytes, saved were {saved:,}; save the model again"
         )
     if contents and sha256_of(path) != expected["sha256"]:
         raise CheckpointError(
@@ -164,4 +165,4 @@ def _check_file(folder: Path, name: str, expected: Any, contents: bool) -> None:
         )
 
 
-__all__ = ["CARD_FILE", "PROVENANCE_FILE", "check_record", "provenance_of", "write_record"]
+__all__ = ["CARD_FILE", "NEEDS_LIBRARY", "PROVENANCE_FILE", "check_record", "provenance_of", "write_record"]
