@@ -207,7 +207,10 @@ def _check_numbers(model: PreTrainedModel, config: Any, dialect: Dialect, head_d
 
 def _rope_factors(model: PreTrainedModel, theta: float, head_dim: int) -> torch.Tensor | None:
     """What the model's rotary frequencies are divided by, read off the table it uses."""
-    used = model.model.rotary_emb.inv_freq.detach().float().cpu()
+    table = model.model.rotary_emb.inv_freq
+    if table.is_meta:  # asked for the layout alone
+        return None
+    used = table.detach().float().cpu()
     plain = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     factors = (plain / used.double()).float()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
