@@ -109,17 +109,15 @@ def _add_fields(writer: gguf.GGUFWriter, layout: Layout, model: PreTrainedModel,
 
 
 def _written(layout: Layout) -> tuple[LayerWidths, ...]:
-    """Widths as the file has them: two sublayers that are gone are written as zeros.
+    """Widths as the file has them: where llama.cpp needs a sublayer that is gone, zeros are written.
 
-    llama.cpp's deci forgets the attention of a layer without an MLP, and takes the size of all heads
-    for 0 when the first layer has none.
+    Its deci forgets the attention of a layer without an MLP (and stops if that is the last layer), and
+    takes the size of all heads for 0 when the first layer has none.
     """
     layers = []
     for index, layer in enumerate(layout.layers):
-        heads, kv_heads, neurons = layer.heads, layer.kv_heads, layer.neurons
-        if index == 0 and not heads:
-            heads = kv_heads = 1
-        layers.append(LayerWidths(heads, kv_heads, neurons or (_SMALLEST_MLP if heads else 0)))
+        heads, kv_heads = (1, 1) if index == 0 and not layer.heads else (layer.heads, layer.kv_heads)
+        layers.append(LayerWidths(heads, kv_heads, layer.neurons or _SMALLEST_MLP))
     return tuple(layers)
 
 

@@ -5,22 +5,31 @@ Needs the package ``xllamacpp``, which brings llama.cpp itself; nothing else of 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
+import subprocess
+import sys
+import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from pruner_lib.checkpoint.errors import CheckpointError
 
+_WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 _ALL = 1 << 20  # tokens, more than any vocabulary has
 _CERTAIN = 1e4  # added to a token's logit, so that it is the one that is drawn
 
 
 class LlamaCpp:
     """A GGUF file opened in llama.cpp on the CPU; token ids in, token ids and log-probabilities out.
+
+    llama.cpp runs in a process of its own, since a file it cannot handle may end its process.
 
     >>> runner = LlamaCpp(export_gguf(model, tokenizer, "pruned.gguf"))
     >>> runner.greedy([504, 2365, 282, 4649, 314], 8)
@@ -29,7 +38,7 @@ class LlamaCpp:
     Args:
         path: the file.
         context: tokens that the cache can hold.
-        threads: that compute.
+        threads: that compute. On a busy machine take one: llama.cpp's threads wait for each other spinning.
         exact_cache: keep keys and values in f32 instead of llama.cpp's f16, and do without flash attention.
 
     Raises:
@@ -41,24 +50,35 @@ class LlamaCpp:
     ) -> None:
         if not Path(path).is_file():
             raise CheckpointError(f"no GGUF file at {path}; write one with export_gguf")
-        try:
-            import xllamacpp
-        except ImportError as error:
+        self._complete_token: int | None = None  # one whose text ends with a whole character
+        request = {"path": os.path.abspath(path), "context": context, "threads": threads,
+                   "exact_cache": exact_cache}  # fmt: skip
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, str(_WORKER), json.dumps(request)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
+        )  # fmt: skip
+        self._end = weakref.finalize(self, _stop, self._process, self._log)
+        problem = self._read()
+        if "missing" in problem:
+            self.close()
             raise CheckpointError(
                 "running a GGUF file needs llama.cpp: pip install xllamacpp (the `test` extra brings it)"
-            ) from error
-        settings = xllamacpp.CommonParams()
-        settings.model.path = os.fspath(path)
-        settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = context, 1, False, -1
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        if exact_cache:
-            settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-            settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._complete_token: int | None = None  # one whose text ends with a whole character
-        try:
-            self._server: Any = xllamacpp.Server(settings)
-        except Exception as error:  # the binding raises what llama.cpp throws
-            raise CheckpointError(f"llama.cpp cannot open {path}: {error}") from error
+            )
+        if problem:
+            reason = self._last_words()
+            self.close()
+            raise CheckpointError(f"llama.cpp cannot open {path}: {reason or problem['error']}")
+
+    def close(self) -> None:
+        """End llama.cpp's process; it also ends with this object."""
+        self._end()
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The ``count`` most likely next tokens, each given all before it; special ones are kept."""
@@ -106,11 +126,38 @@ class LlamaCpp:
 
         None for a token that it tells nothing of: one that ends within a character, or the text.
         """
-        answer = self._server.handle_completions(
-            {"prompt": [int(token) for token in tokens], "n_predict": 1, "temperature": 0.0,
-             "n_probs": count, "cache_prompt": True, "logit_bias": [[int(following), _CERTAIN]]}
-        )  # fmt: skip
+        request = {
+            "prompt": [int(token) for token in tokens], "n_predict": 1, "temperature": 0.0,
+            "n_probs": count, "cache_prompt": True, "logit_bias": [[int(following), _CERTAIN]],
+        }  # fmt: skip
+        with contextlib.suppress(BrokenPipeError):  # reading tells that the process has ended
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._read()
         if "choices" not in answer:
             raise CheckpointError(f"llama.cpp did not answer: {answer}")
         content: list[dict[str, Any]] = (answer["choices"][0]["logprobs"] or {}).get("content") or []
         return content[0] if content and content[0]["id"] == following else None
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None  # it is a pipe
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise CheckpointError(f"llama.cpp ended with code {code}: {self._last_words()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def _last_words(self) -> str:
+        """The errors among what llama.cpp printed last."""
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").splitlines()
+        telling = [line for line in lines if " E " in line or "ASSERT" in line]
+        return "; ".join(" ".join(line.split()[2:]) for line in telling[:2])
+
+
+def _stop(process: subprocess.Popen[str], log: IO[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, log):
+        with contextlib.suppress(OSError):
+            stream.close()  # type: ignore[union-attr]
