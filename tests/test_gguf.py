@@ -344,5 +344,5 @@ def test_a_file_that_stops_llama_cpp_does_not_stop_this_process(
     model.model.layers[2].self_attn, model.model.layers[2].mlp = NoAttention(), NoMlp()
     monkeypatch.setattr(gguf_export, "_written", lambda layout: layout.layers)
     path = export_gguf(model, tokenizer, tmp_path / "model.gguf")
-    with pytest.raises(CheckpointError, match="llama.cpp"):
+    with pytest.raises(CheckpointError, match="llama"):
         LlamaCpp(path).greedy([5, 6, 7], 1)

@@ -80,6 +80,11 @@ class LlamaCpp:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text by the tokenizer in the file, special tokens read and added as it says."""
+        answer = self._ask({"content": text, "add_special": True, "parse_special": True})
+        return [int(token) for token in answer.get("tokens", ())]
+
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The ``count`` most likely next tokens, each given all before it; special ones are kept."""
         row = [int(token) for token in tokens]
@@ -130,13 +135,16 @@ class LlamaCpp:
             "prompt": [int(token) for token in tokens], "n_predict": 1, "temperature": 0.0,
             "n_probs": count, "cache_prompt": True, "logit_bias": [[int(following), _CERTAIN]],
         }  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):  # reading tells that the process has ended
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._read()
+        answer = self._ask(request)
         if "choices" not in answer:
             raise CheckpointError(f"llama.cpp did not answer: {answer}")
         content: list[dict[str, Any]] = (answer["choices"][0]["logprobs"] or {}).get("content") or []
         return content[0] if content and content[0]["id"] == following else None
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):  # reading tells that the process has ended
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None  # it is a pipe

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import urllib.request
 from typing import Any
 
 
@@ -22,6 +23,18 @@ def open_file(xllamacpp: Any, request: dict[str, Any]) -> Any:
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(settings)
+
+
+def tokenize(server: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The binding has no call for this; its server, which listens on this machine alone, has."""
+    asked = urllib.request.Request(
+        f"{server.listening_address}/tokenize",
+        data=json.dumps(request).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(asked, timeout=60) as found:
+        answer: dict[str, Any] = json.load(found)
+    return answer
 
 
 def main() -> None:
@@ -43,7 +56,8 @@ def main() -> None:
     answer({})
     for line in sys.stdin:
         try:
-            answer(server.handle_completions(json.loads(line)))
+            request = json.loads(line)
+            answer(tokenize(server, request) if "content" in request else server.handle_completions(request))
         except Exception as error:  # as above
             answer({"error": f"{type(error).__name__}: {error}"})
 
