@@ -61,9 +61,8 @@ def test_greedy_tokens_agree_on_ten_prompts(exported: tuple[Any, Any, Path]) -> 
     with LlamaCpp(path) as runner:
         for prompt in PROMPTS:
             ids = tokenizer(prompt)["input_ids"]
-            answer = model.generate(
-                torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-            )[0, len(ids) :].tolist()
+            options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+            answer = model.generate(torch.tensor([ids]), pad_token_id=0, **options)[0, len(ids) :].tolist()
             found = runner.greedy(ids, NEW_TOKENS)
             if found != answer:
                 different[prompt] = (found, answer)
