@@ -182,3 +182,14 @@ def test_the_model_that_is_saved_is_not_changed(tmp_path: Path) -> None:
     save_pruned(model, tmp_path / "saved")
     assert model.config.to_dict() == config
     shutil.rmtree(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("removal", [UNIFORM, UNEVEN], ids=["one width", "layers differ"])
+def test_a_pruned_model_drafts_for_the_dense_one(tmp_path: Path, removal: dict[str, list[int]]) -> None:
+    """Speculative decoding changes the speed, never the tokens."""
+    model = tiny()
+    save_pruned(pruned(removal), tmp_path / "draft")
+    ids = torch.arange(3, 9).reshape(1, 6)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    drafted = model.generate(ids, assistant_model=load_pruned(tmp_path / "draft"), **options)
+    assert torch.equal(drafted, model.generate(ids, **options))

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pruner_lib.checkpoint import CheckpointError, LlamaCpp, export_gguf, gguf_export
+from pruner_lib.checkpoint import CheckpointError, LlamaCpp, export_gguf, gguf_export, measure_gguf
 from pruner_lib.checkpoint.gguf_layout import interleaved
 from pruner_lib.checkpoint.gguf_tokenizer import read_vocabulary
 from pruner_lib.discovery import discover
@@ -148,6 +148,15 @@ def test_rounding_costs_what_it_should(
     assert weights[0] / weights[1] < largest
     expected = float(perplexity(model, None, WINDOWS, seq_len=12))
     assert LlamaCpp(path).perplexity(WINDOWS) == pytest.approx(expected, rel=tolerance)
+
+
+def test_size_and_perplexity_of_several_types(tokenizer: Any) -> None:
+    model = tiny()
+    half, eight = measure_gguf(model, tokenizer, WINDOWS, dtypes=("f16", "q8_0"))
+    assert (half.dtype, eight.dtype) == ("f16", "q8_0") and half.bytes > eight.bytes
+    assert half.num_tokens == 22 and "q8_0" in str(eight)
+    expected = float(perplexity(model, None, WINDOWS, seq_len=12))
+    assert half.perplexity == pytest.approx(expected, rel=1e-3) != eight.perplexity
 
 
 def test_matrices_whose_rows_are_no_multiple_of_32_stay_f16(tokenizer: Any, tmp_path: Path) -> None:

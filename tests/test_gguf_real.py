@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pruner_lib.assets import load_text
-from pruner_lib.checkpoint import LlamaCpp, export_gguf
+from pruner_lib.assets import DEFAULT_MODEL, load_text
+from pruner_lib.checkpoint import LlamaCpp, export_gguf, measure_gguf
+from pruner_lib.checkpoint.record import provenance_of
 from pruner_lib.discovery import discover
 from pruner_lib.evaluation import perplexity
 from pruner_lib.pruning import PruningPlan, prune
@@ -85,13 +86,16 @@ def test_the_tokenizer_in_the_file_splits_text_alike(exported: tuple[Any, Any, P
             assert runner.tokenize(prompt) == tokenizer(prompt)["input_ids"]
 
 
-def test_eight_bits_cost_little(default_model: Any, tmp_path: Path) -> None:
+def test_eight_bits_cost_little(default_model: Any) -> None:
     model, tokenizer = default_model
     ids = tokenizer(load_text("wikitext2", "test")[:2000], add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[:64]).reshape(2, 32)
-    path = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="q8_0")
-    assert path.stat().st_size < 0.28 * sum(4 * parameter.numel() for parameter in model.parameters())
-    with LlamaCpp(path) as runner:
-        found = runner.perplexity(windows)
-    path.unlink()
-    assert found == pytest.approx(float(perplexity(model, None, windows, seq_len=32)), rel=0.02)
+    (found,) = measure_gguf(model, tokenizer, windows, dtypes=["q8_0"])
+    assert found.bytes < 0.28 * sum(4 * parameter.numel() for parameter in model.parameters())
+    expected = float(perplexity(model, None, windows, seq_len=32))
+    assert found.perplexity == pytest.approx(expected, rel=0.02)
+
+
+def test_base_and_licence_of_the_default_model_are_known(default_model: Any) -> None:
+    found = provenance_of(default_model[0], None, None, None)
+    assert (found["base_model"], found["license"]) == (DEFAULT_MODEL, "Apache-2.0")

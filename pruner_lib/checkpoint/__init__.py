@@ -5,6 +5,7 @@ from pruner_lib.pruning.layer_config import enable_per_layer_config
 from .compatibility import Compatibility, compatibility
 from .errors import CheckpointError
 from .gguf_export import GGUF_DTYPES, export_gguf
+from .gguf_quality import GgufQuality, measure_gguf
 from .llama_cpp import LlamaCpp
 from .loading import load_pruned
 from .saving import save_pruned
@@ -13,11 +14,13 @@ __all__ = [
     "GGUF_DTYPES",
     "CheckpointError",
     "Compatibility",
+    "GgufQuality",
     "LlamaCpp",
     "compatibility",
     "enable_per_layer_config",
     "export_gguf",
     "load_pruned",
+    "measure_gguf",
     "save_pruned",
 ]
 
