@@ -242,9 +242,10 @@ def test_rows_of_a_head_in_the_other_order() -> None:
                                           "original_max_position_embeddings": 64}),
             "positions of type 'yarn'",
         ),
+        (lambda: pruned({"hidden_channel": [0, 1]}, "gemma"), "embedding scale of 8.0 with 62 residual"),
         (lambda: tiny().to("meta"), "meta device"),
     ],
-    ids=["architecture", "layers", "window", "activation", "positions", "meta"],
+    ids=["architecture", "layers", "window", "activation", "positions", "embedding", "meta"],
 )  # fmt: skip
 def test_what_gguf_cannot_say_is_refused(model: Any, words: str, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words):

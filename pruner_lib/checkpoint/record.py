@@ -95,11 +95,19 @@ def _base_model(name: str) -> tuple[str | None, str | None]:
         return name or None, None
     if folder.name.startswith(f"{DEFAULT_MODEL}-"):
         return DEFAULT_MODEL, load_manifest()[DEFAULT_MODEL].license.split()[0]
-    earlier = folder / PROVENANCE_FILE
-    if earlier.is_file():  # pruned before: what that was made from is what this is made from
-        found = json.loads(earlier.read_text(encoding="utf-8"))
-        return found.get("base_model") or folder.name, found.get("license")
-    return folder.name, _license_in_card(folder / CARD_FILE)
+    # Pruned before: what that was made from is what this is made from.
+    earlier = _read_dict(folder / PROVENANCE_FILE)
+    licence = earlier.get("license") or _license_in_card(folder / CARD_FILE)
+    return earlier.get("base_model") or folder.name, licence
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none to read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _license_in_card(card: Path) -> str | None:
