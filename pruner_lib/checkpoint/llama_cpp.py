@@ -57,6 +57,7 @@ class LlamaCpp:
         self._process = subprocess.Popen(
             [sys.executable, str(_WORKER), json.dumps(request)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else a failed check starts a debugger
         )  # fmt: skip
         self._end = weakref.finalize(self, _stop, self._process, self._log)
         problem = self._read()
