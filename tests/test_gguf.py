@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -213,6 +214,50 @@ def test_the_splitting_rule_is_recognised_by_what_it_does() -> None:
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     assert read_vocabulary(byte_level(llama3), 300).pre == "llama-bpe"
+
+
+SENTENCES = [
+    "the cat sat on the mat and the other cat sat there too",
+    "  two  spaces, 12 é 漢 🙂\tand\nmore ",
+]
+
+
+def sentence_pieces(prefix: bool = True, every_split: bool = True) -> PreTrainedTokenizerFast:
+    """BPE with bytes to fall back on, as converted from SentencePiece: a pair for every split of a token."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=40, show_progress=False)
+    trained.train_from_iterator([SENTENCES[0]] * 4, trainer)
+    document = json.loads(trained.to_str())
+    learned = ["".join(pair) for pair in document["model"]["merges"]]
+    letters = sorted({letter for token in document["model"]["vocab"] for letter in token})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *learned]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    splits = ((token[:cut], token[cut:]) for token in learned for cut in range(1, len(token)))
+    merges = [pair for pair in splits if set(pair) <= set(vocabulary)]
+    kept = merges if every_split else merges[::2]
+    pieces = Tokenizer(models.BPE(vocabulary, kept, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    pieces.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", [True, False], ids=["Llama 2", "Gemma"])
+def test_sentence_pieces_split_text_alike(prefix: bool, tmp_path: Path) -> None:
+    pieces = sentence_pieces(prefix)
+    path = export_gguf(tiny(vocab_size=320), pieces, tmp_path / "model.gguf")
+    assert fields(path)["tokenizer.ggml.model"] == "llama"
+    with LlamaCpp(path) as runner:
+        for text in (*SENTENCES, "thecatother", "a"):
+            assert runner.tokenize(text) == pieces(text)["input_ids"], text
+
+
+def test_sentence_pieces_with_a_split_missing_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="never joins"):
+        read_vocabulary(sentence_pieces(every_split=False), 320)
 
 
 def test_bos_is_added_where_the_tokenizer_adds_it() -> None:
