@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from gguf_tokenizers import byte_level
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pruner_lib.checkpoint import CheckpointError, LlamaCpp, export_gguf, gguf_export, measure_gguf
 from pruner_lib.checkpoint.gguf_layout import interleaved
-from pruner_lib.checkpoint.gguf_tokenizer import read_vocabulary
 from pruner_lib.discovery import discover
 from pruner_lib.evaluation import perplexity
 from pruner_lib.pruning import PruningPlan, prune
@@ -55,23 +53,8 @@ def pruned(removal: dict[str, list[int]], kind: str = "llama", **changes: object
     return prune(model, PruningPlan.from_removal(discover(model), removal))
 
 
-def byte_level(splitter: Any = None) -> PreTrainedTokenizerFast:
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    trained.train_from_iterator(["the cat sat on the mat and the other cat sat there too"] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        chat_template="{{ messages }}",
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     return byte_level()
 
 
@@ -184,91 +167,6 @@ def test_every_number_is_written(tokenizer: Any, tmp_path: Path) -> None:
     assert uniform["llama.feed_forward_length"] == 64 and uniform["llama.attention.key_length"] == 16
 
 
-def test_the_tokenizer_is_complete(tokenizer: Any, tmp_path: Path) -> None:
-    found = fields(export_gguf(tiny(), tokenizer, tmp_path / "model.gguf"))
-    vocabulary = tokenizer.get_vocab()
-    tokens = found["tokenizer.ggml.tokens"]
-    assert len(tokens) == 300 and all(tokens[index] == token for token, index in vocabulary.items())
-    types = found["tokenizer.ggml.token_type"]
-    known = len(vocabulary)
-    assert types[:3] == [3, 3, 3] and set(types[3:known]) == {1} and set(types[known:]) == {5}
-    assert len(found["tokenizer.ggml.merges"]) == known - 3 - 256
-    ids = [found[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")]
-    assert ids == [0, 1, 2]
-    assert found["tokenizer.ggml.pre"] == "gpt-2" and found["tokenizer.ggml.add_bos_token"] is False
-    assert found["tokenizer.chat_template"] == "{{ messages }}"
-
-
-def split_by(pattern: str) -> Any:
-    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_alone])
-
-
-def test_the_splitting_rule_is_recognised_by_what_it_does() -> None:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    smollm = byte_level(pre_tokenizers.Sequence([digits, plain]))
-    assert read_vocabulary(smollm, 300).pre == "smollm"
-    llama3 = split_by(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    assert read_vocabulary(byte_level(llama3), 300).pre == "llama-bpe"
-
-
-SENTENCES = [
-    "the cat sat on the mat and the other cat sat there too",
-    "  two  spaces, 12 é 漢 🙂\tand\nmore ",
-]
-
-
-def sentence_pieces(prefix: bool = True, every_split: bool = True) -> PreTrainedTokenizerFast:
-    """BPE with bytes to fall back on, as converted from SentencePiece: a pair for every split of a token."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=40, show_progress=False)
-    trained.train_from_iterator([SENTENCES[0]] * 4, trainer)
-    document = json.loads(trained.to_str())
-    learned = ["".join(pair) for pair in document["model"]["merges"]]
-    letters = sorted({letter for token in document["model"]["vocab"] for letter in token})
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *learned]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    splits = ((token[:cut], token[cut:]) for token in learned for cut in range(1, len(token)))
-    merges = [pair for pair in splits if set(pair) <= set(vocabulary)]
-    kept = merges if every_split else merges[::2]
-    pieces = Tokenizer(models.BPE(vocabulary, kept, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    steps = [normalizers.Prepend("▁")] if prefix else []
-    pieces.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("prefix", [True, False], ids=["Llama 2", "Gemma"])
-def test_sentence_pieces_split_text_alike(prefix: bool, tmp_path: Path) -> None:
-    pieces = sentence_pieces(prefix)
-    path = export_gguf(tiny(vocab_size=320), pieces, tmp_path / "model.gguf")
-    assert fields(path)["tokenizer.ggml.model"] == "llama"
-    with LlamaCpp(path) as runner:
-        for text in (*SENTENCES, "thecatother", "a"):
-            assert runner.tokenize(text) == pieces(text)["input_ids"], text
-
-
-def test_sentence_pieces_with_a_split_missing_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="never joins"):
-        read_vocabulary(sentence_pieces(every_split=False), 320)
-
-
-def test_bos_is_added_where_the_tokenizer_adds_it() -> None:
-    adding = byte_level()
-    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    found = read_vocabulary(adding, 300)
-    assert found.add_bos and not found.add_eos
-
-
 def test_rows_of_a_head_in_the_other_order() -> None:
     rows = torch.arange(8)[:, None] * torch.ones(1, 3)
     assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -325,28 +223,6 @@ def test_values_that_cannot_be_stored(value: float, words: str, tokenizer: Any, 
     with pytest.raises(CheckpointError, match=words):
         export_gguf(model, tokenizer, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (
-            lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))),
-            "WordLevel",
-        ),
-        (object, "no `tokenizers` backend"),
-        (lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "splits text as none of"),
-    ],
-    ids=["kind", "slow", "splitter"],
-)
-def test_tokenizers_that_cannot_be_written(make: Any, words: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=words):
-        export_gguf(tiny(), make(), tmp_path / "model.gguf")
-
-
-def test_a_tokenizer_of_another_model(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not belong to this model"):
-        export_gguf(tiny(vocab_size=100), tokenizer, tmp_path / "model.gguf")
 
 
 STEPS = ["write_header_to_file", "write_kv_data_to_file", "write_tensor_data", "flush"]

@@ -111,19 +111,23 @@ def describe(model: PreTrainedModel) -> Layout:
     )
     layers = tuple(_widths(block, index, head_dim) for index, block in enumerate(blocks))
     _check_numbers(model, config, dialect, head_dim)
-    rope = config.rope_parameters
+    rope, (rows, hidden) = config.rope_parameters, _embedding(model).weight.shape
     return Layout(
         architecture=_architecture(config.model_type, dialect, layers),
         dialect=dialect,
         layers=layers,
-        hidden=model.get_input_embeddings().weight.shape[1],
+        hidden=hidden,
         head_dim=head_dim,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=rows,
         context=int(config.max_position_embeddings),
         epsilon=float(config.rms_norm_eps),
         rope_theta=float(rope["rope_theta"]),
         rope_factors=_rope_factors(model, float(rope["rope_theta"]), head_dim),
     )
+
+
+def _embedding(model: PreTrainedModel) -> Any:
+    return model.get_input_embeddings()
 
 
 def _weight(block: Any, name: str) -> tuple[int, ...] | None:
@@ -179,8 +183,8 @@ def _check_numbers(model: PreTrainedModel, config: Any, dialect: Dialect, head_d
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     kind = getattr(config, "rope_parameters", {}).get("rope_type", "default")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", None)
-    hidden = model.get_input_embeddings().weight.shape[1]
+    scale = getattr(_embedding(model), "scalar_embed_scale", None)
+    hidden = _embedding(model).weight.shape[1]
     scalings = {float(block.self_attn.scaling) for block in model.model.layers if hasattr(block, "self_attn")
                 and hasattr(block.self_attn, "scaling")}  # fmt: skip
     problems = {

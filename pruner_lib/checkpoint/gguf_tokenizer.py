@@ -134,8 +134,8 @@ def _kind(document: Mapping[str, Any]) -> str:
         return "llama"
     raise CheckpointError(
         "cannot write this tokenizer to GGUF: byte-level BPE and SentencePiece's BPE are supported, this one "
-        f"is {model['type']} with the decoder {decoder} and the normaliser {normalizer.get('type')}. Save the "
-        "checkpoint with save_pruned and use llama.cpp's own converter on it"
+        f"is {model['type']} with the decoder {decoder} and the normaliser {normalizer.get('type')}. Save "
+        "the checkpoint with save_pruned and use llama.cpp's own converter on it"
     )
 
 
