@@ -100,6 +100,14 @@ def test_what_no_configuration_can_say_is_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_lacks_what_its_configuration_builds_is_not_saved(tmp_path: Path) -> None:
+    model = tiny()
+    model.model.layers[1].mlp = torch.nn.Identity()  # plain from_pretrained would fill it with random weights
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp.* is no part of it"):
+        save_pruned(model, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_provenance_must_be_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="plain JSON"):
         save_pruned(pruned(UNIFORM), tmp_path / "saved", provenance={"model": object()})

@@ -30,12 +30,12 @@ def check_saveable(model: PreTrainedModel, *, weights: bool = True) -> None:
     config = saved_and_read(model.config)
     empty = None if config is None else build_empty(type(model), config)
     found, wanted = {} if empty is None else shapes_of(empty), shapes_of(model)
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    differing = [name for name in wanted | found if found.get(name) != wanted.get(name)]
     if differing:
         name = differing[0]
         raise CheckpointError(
             f"cannot save this {type(model).__name__}: its configuration has no way to say the new sizes, so "
-            f"no from_pretrained could open it ({name} is {wanted[name]}, the configuration builds "
-            f"{found.get(name, 'no model')}). It works in memory; to save, cut families whose size the "
-            f"configuration of {model.config.model_type} states"
+            f"no from_pretrained could open it ({name} is {wanted.get(name, 'no part of it')}, the "
+            f"configuration builds {found.get(name, 'no model')}). It works in memory; to save, cut "
+            f"families whose size the configuration of {model.config.model_type} states"
         )
