@@ -92,7 +92,8 @@ def _base_model(name: str) -> tuple[str | None, str | None]:
     """Name and licence of what a model was loaded from; a folder is known by its name alone."""
     folder = Path(name)
     if not name or not folder.is_dir():
-        return name or None, None
+        is_hub_id = name.count("/") < 2 and not name.startswith((".", "~", "/"))
+        return (name if is_hub_id else folder.name) or None, None
     if folder.name.startswith(f"{DEFAULT_MODEL}-"):
         return DEFAULT_MODEL, load_manifest()[DEFAULT_MODEL].license.split()[0]
     # Pruned before: what that was made from is what this is made from.
