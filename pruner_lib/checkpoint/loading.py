@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruner_lib.checkpoint.errors import CheckpointError
+from pruner_lib.checkpoint.record import PROVENANCE_FILE, check_record
 from pruner_lib.checkpoint.saving import CONFIG_FILE, recover_interrupted
 from pruner_lib.pruning.layer_config import enable_per_layer_config
 
@@ -19,11 +20,13 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
-def load_pruned(directory: str | os.PathLike[str]) -> PreTrainedModel:
+def load_pruned(directory: str | os.PathLike[str], *, verify: bool = True) -> PreTrainedModel:
     """Open a checkpoint that :func:`save_pruned` wrote; logits are the same bit for bit.
 
     Args:
         directory: the folder.
+        verify: compare every file with the SHA-256 that was saved (about a second per GB); False compares
+            sizes alone. The model card may be edited, and files may be added.
 
     Returns:
         The model in evaluation mode, in the dtype in which it was saved, on the CPU.
@@ -34,7 +37,7 @@ def load_pruned(directory: str | os.PathLike[str]) -> PreTrainedModel:
     """
     folder = Path(directory).absolute()
     recover_interrupted(folder)
-    _check_folder(folder)
+    _check_folder(folder, verify)
     enable_per_layer_config()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -52,7 +55,7 @@ def load_pruned(directory: str | os.PathLike[str]) -> PreTrainedModel:
     return model.eval()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, verify: bool) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in _PICKLES)
@@ -67,6 +70,7 @@ def _check_folder(folder: Path) -> None:
         names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
     for name in names:
         _check_weights(folder, name)
+    check_record(folder, _read_json(folder / PROVENANCE_FILE), contents=verify)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

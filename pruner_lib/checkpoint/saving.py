@@ -5,25 +5,31 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from pruner_lib.checkpoint.checks import check_saveable
+from pruner_lib.checkpoint.compatibility import compatibility
 from pruner_lib.checkpoint.errors import CheckpointError
-from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
-from pruner_lib.pruning.layer_config import enable_per_layer_config, is_marked
+from pruner_lib.checkpoint.model_card import Quality, QualityReport, model_card
+from pruner_lib.checkpoint.record import CARD_FILE, PROVENANCE_FILE, provenance_of, write_record
+from pruner_lib.checkpoint.twin import twin_config
 
 if TYPE_CHECKING:
+    from pruner_lib.importance import ImportanceScores
     from pruner_lib.pruning.plan import PruningPlan
 
 CONFIG_FILE = "config.json"
 PLAN_FILE = "pruning_plan.json"
-PROVENANCE_FILE = "provenance.json"
-_FORMAT = "pruner_lib.checkpoint"
+QUALITY_FILE = "evaluation.json"
 
 
 def save_pruned(
@@ -32,23 +38,34 @@ def save_pruned(
     *,
     tokenizer: Any = None,
     plan: PruningPlan | None = None,
+    scores: ImportanceScores | None = None,
+    quality: Quality | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a pruned model as safetensors with its configuration.
 
-    A model with one width in all layers opens with plain ``AutoModelForCausalLM.from_pretrained``.
+    A model with one width in all layers opens with plain ``AutoModelForCausalLM.from_pretrained``; where
+    LlamaConfig refuses the head count, it is saved as the mistral model that computes the same.
     One whose layers differ opens the same way once ``pruner_lib`` is imported, and raises without it.
     The folder is written beside its final place and takes its name in one step: whenever the program
     is killed, ``directory`` holds the old checkpoint or the new one, whole. (Where the system cannot
     exchange two folders, the old one waits under ``.<directory>.old`` between two renames; the next
     ``save_pruned`` or ``load_pruned`` brings it back.)
 
+    Beside the model lie a model card ``README.md`` and ``provenance.json``, which holds what the model, the
+    plan and the scores know of their making and the SHA-256 of every file.
+
+    >>> save_pruned(pruned, "runs/pruned", tokenizer=tokenizer, plan=plan, scores=scores)
+
     Args:
         model: what ``prune`` or ``recover`` returned.
         directory: a new folder, an empty one, or an earlier checkpoint, which is replaced.
         tokenizer: saved beside the model if given.
         plan: saved as ``pruning_plan.json`` if given.
-        provenance: what the model came from (base model, criterion, calibration, seed); any JSON.
+        scores: what the plan was made from; criterion, reduction, calibration and seed are recorded.
+        quality: an evaluation report, saved as ``evaluation.json``, or numbers by name; for the model card.
+        provenance: what else should be known (recovery, remarks); any JSON. ``base_model`` and ``license``
+            in it correct what is found out.
 
     Returns:
         The folder.
@@ -61,16 +78,23 @@ def save_pruned(
     target = Path(directory).absolute()
     recover_interrupted(target)
     _check_target(target)
-    _check_saveable(model)
-    document = _provenance_text(model, provenance)
+    check_saveable(model)
+    document = provenance_of(model, plan, scores, provenance)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new-"))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_new_name(target)}{os.getpid()}-"))
     try:
         _write(model, temporary, tokenizer, plan)
-        (temporary / PROVENANCE_FILE).write_text(document, encoding="utf-8")
+        card = model_card(model, document, plan, quality, elsewhere=compatibility(model).to_markdown())
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        if isinstance(quality, QualityReport):
+            quality.save(temporary / QUALITY_FILE)
+        write_record(temporary, document)
         os.chmod(temporary, 0o755)  # mkdtemp makes it private; a result is an ordinary folder
         _flush(temporary)
         _swap(temporary, target)
+    except SafetensorError as error:  # its own kind of error for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write the weights below {target.parent}: {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -78,7 +102,15 @@ def save_pruned(
 
 
 def recover_interrupted(target: Path) -> None:
-    """Bring the old checkpoint back where a program died between the two renames of a replacement."""
+    """Tidy up after a program that was killed while it saved.
+
+    Its half-written folder goes, and where it died between the two renames of a replacement the old
+    checkpoint comes back.
+    """
+    for left in target.parent.glob(f"{_new_name(target)}*-*") if target.parent.is_dir() else ():
+        process = left.name.removeprefix(_new_name(target)).split("-")[0]
+        if process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
     old = _old_name(target)
     if not old.is_dir():
         return
@@ -90,6 +122,23 @@ def recover_interrupted(target: Path) -> None:
 
 def _old_name(target: Path) -> Path:
     return target.parent / f".{target.name}.old"
+
+
+def _new_name(target: Path) -> str:
+    """Beginning of the name of a half-written folder; this machine and the process number follow."""
+    return f".{target.name}.new-{re.sub('[^A-Za-z0-9.]', '_', platform.node())}."
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 asks on POSIX and kills elsewhere
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _check_target(target: Path) -> None:
@@ -105,50 +154,6 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _check_saveable(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise CheckpointError(
-            f"cannot save a {type(model).__name__}: a transformers model is needed; "
-            "merge adapters first (recover returns .model merged)"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise CheckpointError("cannot save a model on the meta device: it has shapes but no weights")
-    enable_per_layer_config()
-    config = saved_and_read(model.config)
-    empty = None if config is None else build_empty(type(model), config)
-    found, wanted = {} if empty is None else shapes_of(empty), shapes_of(model)
-    differing = [name for name in wanted | found if found.get(name) != wanted.get(name)]
-    if differing:
-        name = differing[0]
-        raise CheckpointError(
-            f"cannot save this {type(model).__name__}: its configuration has no way to say the new sizes, so "
-            f"no from_pretrained could open it ({name} is {wanted.get(name, 'no part of it')}, the "
-            f"configuration builds {found.get(name, 'no model')}). It works in memory; to save, cut "
-            f"families whose size the configuration of {model.config.model_type} states"
-        )
-
-
-def _provenance_text(model: PreTrainedModel, provenance: Mapping[str, Any] | None) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        library = version("pruner-lab")
-    except PackageNotFoundError:  # run from a source folder
-        library = "source"
-    opens_with = "import pruner_lib, then from_pretrained" if is_marked(model.config) else "from_pretrained"
-    document = {
-        "format": _FORMAT,
-        "library_version": library,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "opens_with": opens_with,
-        "provenance": dict(provenance or {}),
-    }
-    try:
-        return json.dumps(document, indent=1)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"provenance must be plain JSON (numbers, text, lists): {error}") from error
-
-
 def _write(model: PreTrainedModel, folder: Path, tokenizer: Any, plan: PruningPlan | None) -> None:
     before = dict(vars(model.config))
     try:
@@ -158,11 +163,13 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any, plan: PruningPl
         vars(model.config).update(before)
     # Entries equal to the class's default are left out by save_pretrained, and some defaults are
     # derived from others when read (head_dim from the head count), so every entry is written.
-    config_class = type(model.config)
-    written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    complete = json.loads(model.config.to_json_string(use_diff=False)) | written
+    config = twin_config(model.config) or model.config
+    complete = json.loads(config.to_json_string(use_diff=False))
+    if config is model.config:
+        complete |= json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    complete["dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / CONFIG_FILE).write_text(json.dumps(complete, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    config_class.from_pretrained(folder)  # what was written must be read
+    type(config).from_pretrained(folder)  # what was written must be read
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:
@@ -170,11 +177,14 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any, plan: PruningPl
 
 
 def _flush(folder: Path) -> None:
-    """Bring the files to the disk before the folder takes its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Bring the files, and their names, to the disk before the folder takes its own."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or os.name == "posix":
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _swap(temporary: Path, target: Path) -> None:
