@@ -11,6 +11,7 @@ KINDS = (
     "attention_head",
     "query_head",
     "mlp_neuron",
+    "latent_channel",
     "hidden_channel",
     "qk_channel",
     "value_channel",
@@ -55,8 +56,10 @@ class GroupFamily:
         slices: the coupled slices, in the order in which the model uses them; the last one
             belongs to the layer that reads the group last (``down_proj``, ``o_proj``).
         blocked: why the family must not or cannot be cut, or None.
-        normed_by: modules whose norm averages over the family's own channels.
+        normed_by: modules that average over the family's own channels (norms), or let the family's
+            groups compete (a router's softmax and top-k).
         partition: for query heads, the KV group of each; every part must keep the same number.
+        at_least: how many groups must stay: of experts, as many as the router chooses for a token.
     """
 
     name: str
@@ -67,6 +70,7 @@ class GroupFamily:
     blocked: str | None = None
     normed_by: tuple[str, ...] = ()
     partition: np.ndarray | None = None
+    at_least: int = 1
 
     @property
     def cuttable(self) -> bool:

@@ -57,6 +57,11 @@ def _checked_groups(family: GroupFamily, groups: Iterable[int]) -> tuple[int, ..
             f"{family.name} has no group {outside[0]}: it has {family.size} groups, counted from 0 to "
             f"{family.size - 1}"
         )
+    if family.size - len(indices) < family.at_least > 1:
+        raise ValueError(
+            f"{family.name}: {family.size - len(indices)} of {family.size} groups would stay, but the router "
+            f"chooses {family.at_least} for every token; remove at most {family.size - family.at_least}"
+        )
     if len(indices) == family.size:
         raise ValueError(
             f"{family.name}: all {family.size} groups would go; at least one must stay. "
