@@ -128,7 +128,7 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
     grouping = build_families(trace, labels, skeleton)
     norms = norm_indices(trace, grouping)
     families = [
-        GroupFamily(**{**vars(f), "normed_by": tuple(n.module for n in norms if n.family == f.name)})
+        GroupFamily(**{**vars(f), "normed_by": tuple(dict.fromkeys(n.module for n in norms if n.family == f.name))})
         for f in grouping.families
     ]
     names = {id(p): name for name, p in skeleton.named_parameters()}

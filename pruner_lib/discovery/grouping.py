@@ -130,6 +130,8 @@ def floor_of(trace: Trace) -> np.ndarray:
     for terms, count in trace.floors:
         roots = trace.store.find(terms)
         floors[roots] = np.maximum(floors[roots], count)
+    table = trace.store.pairs()
+    np.maximum.at(floors, table[:, 2], floors[table[:, 0]])  # experts in equal parts: as many in each part
     return floors
 
 
@@ -230,11 +232,11 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
         leaf = int(found.leaf[chosen[0]])
         kind, blocked = kind_of(leaf, flags), reasons[code[leaf]] or None
         keys, partition = found.leaf[chosen].astype(np.int64), None
-        if kind == "query_head":
+        if kind in ("query_head", "expert"):
             keys, partition = _with_sibling(found, chosen)
-            if partition is None:
+            if partition is None and kind == "query_head":
                 blocked = blocked or "the same query slot is used outside its key-value head"
-            elif code[partition].any():
+            elif partition is not None and code[partition].any():
                 blocked = blocked or reasons[code[partition][code[partition] > 0][0]]
         named = keys
         keys, partition = _rank(found, chosen, keys, partition)
@@ -243,6 +245,8 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
         if not any(s.parameter in learned for s in slices):
             continue  # a table that the code computes, used by nothing that could be cut
         size, floor = len(np.unique(keys)), int(floors[leaf])
+        if partition is not None:
+            floor *= len(np.unique(partition))
         if floor >= size and floor > 1:
             blocked = blocked or f"the router chooses {floor} of these {size} for every token"
         family = GroupFamily("", kind, layer, size, slices, blocked, (), partition, max(floor, 1))

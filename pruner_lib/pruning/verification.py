@@ -55,7 +55,22 @@ def _is_found(expected: Tables, by_place: Mapping[Place, list[Tables]]) -> bool:
     first = next(iter(expected))
     return any(
         all(place in tables and _is_within(rows, tables[place]) for place, rows in expected.items())
+        or _are_among(expected, tables, first)
         for tables in (_ordered(tables, first) for tables in by_place.get(first, []))
+    )
+
+
+def _are_among(expected: Tables, found: Tables, first: Place) -> bool:
+    """True when the expected groups are some of those found, slice by slice.
+
+    The others belong to a family of their own in the dense model, and are looked for as that: with one
+    query row left beside the key's and the value's of a fused projection, all three are alike.
+    """
+    rows, anchors = expected[first], found[first][:, 0]
+    at = np.minimum(np.searchsorted(anchors, rows[:, 0]), len(anchors) - 1)
+    return all(
+        place in found and found[place].shape[1] == wanted.shape[1] and np.array_equal(found[place][at], wanted)
+        for place, wanted in expected.items()
     )
 
 
