@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from zoo import CONFIGURATIONS, tiny
+from zoo import NAMES, tiny
 
 from pruner_lib.discovery import GroupFamily, discover
 from pruner_lib.pruning import PruningPlan, prune
@@ -29,10 +29,11 @@ def random_groups(family: GroupFamily, random: np.random.Generator) -> list[int]
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS).logits
+        out = model(input_ids=TOKENS)
+    return out if isinstance(out, torch.Tensor) else out.logits
 
 
-CASES = [(name, kind) for name in CONFIGURATIONS for kind in KINDS]
+CASES = [(name, kind) for name in NAMES for kind in KINDS]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from plain import PLAIN
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,16 +94,26 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A random model with weights large enough that every head and neuron matters."""
-    model_type, settings = CONFIGURATIONS[name]
+    """A random model with weights large enough that every head and neuron matters.
+
+    Names of :data:`CONFIGURATIONS` build transformers' models, those of ``plain.PLAIN`` plain modules.
+    """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **settings)
-    # Grouped kernels for experts take no float64.
-    options = {"experts_implementation": "eager"} if "num_experts_per_tok" in settings else {}
-    model = AutoModelForCausalLM.from_config(config, **options).to(dtype).eval()
+    model = PLAIN[name]() if name in PLAIN else _from_configuration(name)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
-            parameter.copy_(noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return model
+            parameter.data = noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise
+    return model.to(dtype).eval()
+
+
+def _from_configuration(name: str) -> nn.Module:
+    model_type, settings = CONFIGURATIONS[name]
+    config = AutoConfig.for_model(model_type, **settings)
+    # Grouped kernels for experts take no float64.
+    options = {"experts_implementation": "eager"} if "num_experts_per_tok" in settings else {}
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+NAMES = (*CONFIGURATIONS, *PLAIN)

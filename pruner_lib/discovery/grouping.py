@@ -274,7 +274,7 @@ def _with_sibling(found: Incidence, chosen: np.ndarray) -> tuple[np.ndarray, np.
     rows = np.flatnonzero(np.isin(found.pattern, np.unique(found.pattern[chosen])))
     place = found.pattern * (int(found.index.max()) + 1) + found.index
     owner = siblings(place[rows], found.path[rows], found.leaf[rows], place[chosen], found.path[chosen])
-    if (owner < 0).any() or (found.path[chosen] % 2 == 0).any():
+    if (owner < 0).any():
         return found.leaf[chosen].astype(np.int64), None
     return pair_keys(owner, found.leaf[chosen]), owner
 
@@ -287,11 +287,13 @@ def pair_keys(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def siblings(
     place: np.ndarray, path: np.ndarray, leaf: np.ndarray, asked_place: np.ndarray, asked_path: np.ndarray
 ) -> np.ndarray:
-    """The leaf that is the other half of a pair, at the same place; -1 where that is a pair itself."""
+    """The leaf just left in the same term: kv of slot in ⟨⟨kv, slot⟩, c⟩ and in ⟨kv, ⟨slot, c⟩⟩; -1 where
+    nothing is left of it, or a pair."""
     depth = 1 << 12
+    ascended = asked_path // (asked_path & -asked_path)  # up while it is a left half
     address = place.astype(np.int64) * depth + path
     order = np.argsort(address)
-    wanted = asked_place.astype(np.int64) * depth + (asked_path ^ 1)
+    wanted = asked_place.astype(np.int64) * depth + (ascended ^ 1)
     at = np.searchsorted(address[order], wanted)
     at[at == len(order)] = 0
     return np.where(address[order][at] == wanted, leaf[order][at], -1).astype(np.int64)

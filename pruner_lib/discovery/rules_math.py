@@ -80,12 +80,18 @@ def _product(trace: Trace, left: torch.Tensor, right: torch.Tensor) -> list[Dim]
     if activations:
         trace.record("batched", *batch)
         trace.record("attended", contracted)
-        trace.record("mixed", a.dims[-2], b.dims[-1])
+        for side in (a.dims[-2], b.dims[-1]):
+            trace.record("slot" if _repeats(side) else "mixed", side)
     else:
         if a.source is not None or b.source is not None:
             trace.record("read", contracted)
             trace.record("written", a.dims[-2] if a.source else b.dims[-1])
     return [*batch, a.dims[-2], b.dims[-1]]
+
+
+def _repeats(dim: Dim) -> bool:
+    """True for labels merged with the sequence: what queries have besides their position."""
+    return isinstance(dim, np.ndarray) and len(np.unique(dim)) < len(dim)
 
 
 def rule_product(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:

@@ -113,9 +113,9 @@ class OverKept(TorchDispatchMode):
     For a norm or a choice that is written inside a larger module, and so cannot be replaced alone.
     """
 
-    def __init__(self, kept: torch.Tensor, width: int, axis: int) -> None:
+    def __init__(self, kept: torch.Tensor, width: int, axis: int, competes: bool) -> None:
         super().__init__()
-        self.kept, self.width, self.axis = kept, width, axis
+        self.kept, self.width, self.axis, self.competes = kept, width, axis, competes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,13 +124,13 @@ class OverKept(TorchDispatchMode):
             return func(*args, **kwargs)
         packet = func.overloadpacket
         kept = self.kept.to(x.device)
-        if packet in (aten._softmax, aten._safe_softmax, aten._log_softmax, aten.topk):
+        if self.competes and packet in (aten._softmax, aten._safe_softmax, aten._log_softmax, aten.topk):
             gone = torch.ones(self.width, dtype=torch.bool, device=x.device).index_fill(0, kept, False)
             masked = x.transpose(self.axis, -1).masked_fill(gone, -torch.inf).transpose(self.axis, -1)
             return func(masked, *args[1:], **kwargs)
-        if packet in (aten.mean, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm):
+        if not self.competes and packet in (aten.mean, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm):
             return func(x.index_select(self.axis, kept), *args[1:], **kwargs)
-        if packet in (aten.native_layer_norm, aten._fused_rms_norm):
+        if not self.competes and packet in (aten.native_layer_norm, aten._fused_rms_norm):
             part = [a[..., kept] if isinstance(a, torch.Tensor) else a for a in args]
             part[1] = [len(kept)]
             out, *rest = func(*part, **kwargs)
@@ -139,10 +139,10 @@ class OverKept(TorchDispatchMode):
 
 
 class _ForwardOverKept:
-    """A module's own forward under :class:`OverKept`; outermost last when a module needs several."""
+    """A module's own forward under :class:`OverKept`, whose arguments are ``mode``."""
 
-    def __init__(self, forward: Callable[..., Any], kept: torch.Tensor, width: int, axis: int) -> None:
-        self.forward, self.mode = forward, (kept, width, axis)
+    def __init__(self, forward: Callable[..., Any], *mode: Any) -> None:
+        self.forward, self.mode = forward, mode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with OverKept(*self.mode):
@@ -182,5 +182,5 @@ def zero_groups(dependencies: DependencyMap, model: nn.Module, removal: Removal)
         if not competes and _is_plain_norm(module, width):
             setattr(zeroed.get_submodule(parent), leaf, NormOverKept(module, kept, width))
         else:
-            vars(module)["forward"] = _ForwardOverKept(module.forward, kept, width, axis)
+            vars(module)["forward"] = _ForwardOverKept(module.forward, kept, width, axis, competes)
     return zeroed
