@@ -146,17 +146,17 @@ class EncoderBlock(nn.Module):
 
 
 class BraidBlock(nn.Module):
-    """Exists nowhere. One projection braids, per pair of query heads, ``q q k v g``; keys and queries are
+    """Exists nowhere. One projection braids, per KV head, ``q q q k v g g g``; keys and queries are
     normalised inside the forward, values are narrower than keys, scores are capped, and a gate that comes
-    out of the same projection opens each head. The MLP takes every third row of one matrix: two factors
+    out of the same projection opens each query head. The MLP takes every third row of one matrix: two factors
     and a gate; its output returns through a narrow linear pair, scaled channel by channel."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
-        self.pairs, self.keys, self.values = 2, 6, 4
-        self.braid = nn.Linear(WIDTH, self.pairs * (3 * self.keys + self.values + 2 * self.values))
+        self.pairs, self.queries, self.keys, self.values = 2, 3, 6, 4
+        self.braid = nn.Linear(WIDTH, self.pairs * (4 * self.keys + 4 * self.values))
         self.temper = nn.Parameter(torch.ones(self.keys))
-        self.out = nn.Linear(2 * self.pairs * self.values, WIDTH, bias=False)
+        self.out = nn.Linear(self.pairs * self.queries * self.values, WIDTH, bias=False)
         self.threes = nn.Parameter(torch.randn(3 * 20, WIDTH))
         self.narrow, self.wide = nn.Linear(20, 10, bias=False), nn.Linear(10, WIDTH)
         self.size = nn.Parameter(torch.ones(WIDTH))
@@ -167,9 +167,9 @@ class BraidBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         batch, length, _ = hidden.shape
         strands = self.braid(hidden).view(batch, length, self.pairs, -1)
-        sizes = [2 * self.keys, self.keys, self.values, 2 * self.values]
+        sizes = [self.queries * self.keys, self.keys, self.values, self.queries * self.values]
         query, key, value, gate = strands.split(sizes, dim=-1)
-        query = self.evened(query.unflatten(-1, (2, self.keys)))  # [B, S, pairs, 2, keys]
+        query = self.evened(query.unflatten(-1, (self.queries, self.keys)))
         scores = torch.einsum("bsphd,btpd->bphst", query, self.evened(key))
         weights = (5 * torch.tanh(scores / 5) + causal(length, hidden)).softmax(-1)
         seen = torch.einsum("bphst,btpe->bsphe", weights, value).flatten(3)
