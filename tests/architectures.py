@@ -16,8 +16,9 @@ from zoo import CONFIGURATIONS, NAMES, tiny
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.pruning import PruningPlan
-from pruner_lib.pruning.configuration import find_blueprint, shapes_of
+from pruner_lib.pruning.configuration import find_blueprint, follow_blueprint, shapes_of
 from pruner_lib.pruning.slicing import meta_copy, sliced_copy
+from pruner_lib.pruning.verification import find_difference
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 BY_CONFIGURATION, IN_MEMORY = "yes", "yes, in memory"
@@ -50,8 +51,12 @@ def opens(model: nn.Module, dependencies: DependencyMap, kind: str) -> str:
     """Whether a configuration describes the model without one group of each family of the kind."""
     removal = {f.name: one_each(f) for f in dependencies.select(kind=kind) if can_lose(f)}
     plan = PruningPlan.from_removal(dependencies, removal)
-    found = find_blueprint(model, plan, shapes_of(sliced_copy(meta_copy(model), plan)))
-    return IN_MEMORY if found is None else BY_CONFIGURATION
+    trial = sliced_copy(meta_copy(model), plan)
+    found = find_blueprint(model, plan, shapes_of(trial))
+    if found is None:
+        return IN_MEMORY
+    follow_blueprint(trial, found[0].model, found[1].model)
+    return IN_MEMORY if find_difference(trial, plan) else BY_CONFIGURATION
 
 
 def rows(dependencies: DependencyMap) -> Iterator[tuple[str, str, str, str | None]]:

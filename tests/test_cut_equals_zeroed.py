@@ -96,7 +96,11 @@ def test_the_cut_model_is_an_ordinary_one(name, kind, tmp_path):
         return
     assert how == BY_CONFIGURATION
     save_pruned(cut, tmp_path / "cut")
-    assert torch.equal(logits(load_pruned(tmp_path / "cut")), logits(cut))
+    again = load_pruned(tmp_path / "cut")
+    if again._can_set_experts_implementation():
+        again.set_experts_implementation("eager")  # grouped kernels take no float64
+    # Gemma rounds the scale of its embeddings to the dtype it is built in, hence no torch.equal.
+    torch.testing.assert_close(logits(again), logits(cut), rtol=1e-5, atol=1e-5)
 
 
 def assert_trains(cut: nn.Module) -> None:

@@ -46,9 +46,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             getattr(module, hooks).clear()
-    choose = getattr(copied, "set_experts_implementation", None)
-    if choose is not None and copied._can_set_experts_implementation():
-        choose("batched_mm")  # the one way through the experts that asks for no values
+    for module in copied.modules():  # layers of different widths hold configurations of their own
+        if getattr(vars(module).get("config"), "_experts_implementation_internal", None) is not None:
+            # The one way through the experts that asks for no values.
+            module.config._experts_implementation_internal = "batched_mm"
     return copied.eval()
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from pruner_lib.pruning.layer_config import MARK, enable_per_layer_config, mark_config
+from pruner_lib.pruning.layer_config import IMPLEMENTATIONS, MARK, enable_per_layer_config, mark_config
 from pruner_lib.pruning.ratios import Profile, profiles
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class _Search:
         config = _with_widths(self.config, widths)
         if config is None:
             return None
-        config._attn_implementation_internal = self.config._attn_implementation_internal
+        for chosen in IMPLEMENTATIONS:
+            setattr(config, chosen, getattr(self.config, chosen, None))
         model = build_empty(self.model_class, config)
         return None if model is None else Blueprint(config, model)
 
