@@ -19,6 +19,7 @@ from .state import Dim, Info, Trace
 
 RULES: dict[Any, Callable] = {**rules_math.RULES, **rules_shape.RULES}
 aten = torch.ops.aten
+NUMERIC = {getattr(aten, name + end) for name in ("add", "sub", "mul", "div", "pow") for end in ("", "_")}
 LOOKUPS = (aten.index, aten.index_select)
 SEQUENCE = 5  # tokens of the symbolic run; small, and rarely the size of anything else
 VIEWS = set(rules_shape.RULES) | {k for k, rule in rules_math.RULES.items() if rule is rules_math.rule_same}
@@ -81,7 +82,7 @@ class LabelMode(TorchDispatchMode):
         for info in infos:
             if info.source is not None:
                 trace.used.setdefault(info.source, len(trace.used))
-        _note_factors(trace, args, infos)
+        _note_factors(trace, packet, args, infos)
         written = outs[0] if args and outs[0] is args[0] else None
         for tensor, labels in zip(outs, dims, strict=False):
             if isinstance(tensor, torch.Tensor):
@@ -114,12 +115,12 @@ def _chosen_from(trace: Trace, args: Any, kwargs: Any) -> Dim:
     return trace.dims(args[0])[args[2] if len(args) > 2 else kwargs.get("dim", -1)]
 
 
-def _note_factors(trace: Trace, args: Any, infos: list[Info]) -> None:
+def _note_factors(trace: Trace, packet: Any, args: Any, infos: list[Info]) -> None:
     """Numbers that the code multiplies or adds to something learned; a cut must not change them."""
-    if any(info.learned for info in infos):
+    if packet in NUMERIC and any(info.learned for info in infos):
         for value in args[1:]:
-            if isinstance(value, float):
-                trace.factors.append((trace.module, trace.operator, value))
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                trace.factors.append((trace.module, trace.operator, float(value)))
 
 
 def _write_through(trace: Trace, view: torch.Tensor) -> None:

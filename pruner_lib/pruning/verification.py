@@ -36,6 +36,10 @@ def find_difference(model: nn.Module, plan: PruningPlan) -> str | None:
         found = discover(model)
     except DiscoveryError as error:
         return f"it does not run ({' '.join(str(error.__cause__ or error).split())[:200]})"
+    moved = set(plan.dependencies.factors) ^ set(found.factors)
+    if moved:
+        module, operator, number = sorted(moved)[0]
+        return f"a number in its code moved with the cut ({operator} with {number:.6g} in {module or 'the model'})"
     by_place = _by_place(found)
     for family in plan.dependencies.families:
         expected = _remaining(family, plan)
