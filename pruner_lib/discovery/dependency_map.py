@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,11 +81,17 @@ class DependencyMap:
         """
         return zero_groups(self, model, removal)
 
-    def plot(self, **options: Any) -> Any:
-        """One group of each family of a layer, as coloured stripes on its matrices; see ``pruner_lib.display``."""
+    def plot(self, family: str | GroupFamily | None = None, groups: int | Sequence[int] = 0) -> Any:
+        """A family's matrices with the slices of some groups as coloured stripes; see ``pruner_lib.display``.
+
+        Args:
+            family: a family or its name; the first that may be cut within one layer when not given.
+            groups: one group index or several.
+        """
         from pruner_lib import display
 
-        return display.plot_dependencies(self, **options)
+        inside = [f for f in self.select() if f.layer is not None] or list(self.families)
+        return display.draw_family(self, inside[0] if family is None else family, groups)
 
     def __str__(self) -> str:
         return as_text(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +34,13 @@ class CoupledSlice:
         parameter: name as in ``model.named_parameters()`` or ``model.named_buffers()``.
         dim: the dimension that is cut.
         index: integer array ``[size, k]``.
+        shape: of the whole parameter.
     """
 
     parameter: str
     dim: int
     index: np.ndarray
+    shape: tuple[int, ...] = ()
 
     def of(self, groups: Sequence[int] | np.ndarray) -> np.ndarray:
         """Sorted indices of ``dim`` that belong to any of ``groups``."""
@@ -75,6 +78,16 @@ class GroupFamily:
     @property
     def cuttable(self) -> bool:
         return self.blocked is None
+
+    def plot(self, groups: int | Sequence[int] = 0) -> Any:
+        """The family's matrices with the slices of some groups as coloured stripes; see ``pruner_lib.display``."""
+        from pruner_lib import display
+
+        from .dependency_map import DependencyMap
+
+        shapes = {piece.parameter: piece.shape for piece in self.slices}
+        alone = DependencyMap((self,), shapes, aliases={}, num_layers=1, without_rule={})
+        return display.draw_family(alone, self, groups)
 
     def __repr__(self) -> str:
         where = f", layer {self.layer}" if self.layer is not None else ""

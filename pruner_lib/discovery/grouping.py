@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -226,6 +226,7 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
     parts = np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if len(order) else []
     path, _ = layer_list(model)
     learned = {name for name, _ in model.named_parameters()}
+    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     floors = floor_of(trace)
     made = []
     for chosen in parts:
@@ -241,6 +242,7 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
         named = keys
         keys, partition = _rank(found, chosen, keys, partition)
         slices = slices_of(found, chosen, keys, trace.used)
+        slices = tuple(replace(piece, shape=shapes[piece.parameter]) for piece in slices)
         layer = layer_of({s.parameter for s in slices}, path)
         if not any(s.parameter in learned for s in slices):
             continue  # a table that the code computes, used by nothing that could be cut
