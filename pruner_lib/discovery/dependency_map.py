@@ -13,7 +13,7 @@ from .explanation import Explanation, explain_group
 from .families import GroupFamily, Removal, UnknownFamilyError
 from .summary import as_html, as_text
 from .grouping import build_families, layer_list
-from .tracing import meta_copy, run
+from .tracing import meta_copy, refuse_quantised, run
 from .zeroing import NormIndex, norm_indices, zero_groups
 
 
@@ -114,8 +114,9 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
         example_inputs: keyword arguments of one forward call, when token ids alone do not do.
 
     Raises:
-        DiscoveryError: the model cannot be run on the meta device.
+        DiscoveryError: the model cannot be run on the meta device, or is quantised.
     """
+    refuse_quantised(model)
     skeleton = meta_copy(model)
     trace, labels = run(skeleton, example_inputs)
     grouping = build_families(trace, labels, skeleton)

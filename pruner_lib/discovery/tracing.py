@@ -19,6 +19,7 @@ from .state import Dim, Info, Trace
 
 RULES: dict[Any, Callable] = {**rules_math.RULES, **rules_shape.RULES}
 aten = torch.ops.aten
+PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
 NUMERIC = {getattr(aten, name + end) for name in ("add", "sub", "mul", "div", "pow") for end in ("", "_")}
 LOOKUPS = (aten.index, aten.index_select)
 SEQUENCE = 5  # tokens of the symbolic run; small, and rarely the size of anything else
@@ -27,6 +28,18 @@ VIEWS = set(rules_shape.RULES) | {k for k, rule in rules_math.RULES.items() if r
 
 class DiscoveryError(RuntimeError):
     """The model could not be run symbolically; the message says what to do."""
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise where weights are packed whole numbers: their rows and columns are not those of a matrix."""
+    kept = model.state_dict(keep_vars=True)
+    for name, tensor in kept.items():
+        packed = isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.dtype in PACKED
+        if packed and (isinstance(tensor, nn.Parameter) or tensor.dtype is not torch.uint8):
+            raise DiscoveryError(
+                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: this model is quantised. Load "
+                "the model unquantised (dtype='bfloat16' for example), prune it, and quantise the result"
+            )
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -71,6 +71,7 @@ def profiles(plan: PruningPlan, num_layers: int) -> tuple[Profile, ...]:
     Returns:
         One profile per distinct pattern of fractions, in the order of the plan's parameters.
     """
+    num_layers = max(num_layers, 1)  # a module without a list of layers counts as one
     old, new = plan.dependencies.shapes, plan.new_shapes()
     roles: dict[tuple[str, int], dict[int | None, Fraction]] = {}
     places: dict[tuple[str, int], set[tuple[str, int]]] = {}
