@@ -1,6 +1,6 @@
 """Write docs/architectures.md: what discovery finds in each tiny model, and what becomes of a cut.
 
-    python tests/architectures.py            # from the repository's root; about a minute
+python tests/architectures.py            # from the repository's root; about a minute
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 BY_CONFIGURATION, IN_MEMORY = "yes", "yes, in memory"
 HEAD = """# What discovery finds, architecture by architecture
 
-Written by `python tests/architectures.py`; a test fails when it is no longer true. Every row that says *yes* is cut at random
-by `tests/test_cut_equals_zeroed.py`, which compares the logits with those of the zeroed model and then generates, trains, saves
-and reloads. Nothing in the library knows any of these names.
+Written by `python tests/architectures.py`; a test fails when it is no longer true. Every row that says *yes*
+is cut at random by `tests/test_cut_equals_zeroed.py`, which compares the logits with those of the zeroed
+model and then generates, trains, saves and reloads. Nothing in the library knows any of these names.
 
-The models are tiny (two layers) and random. *Groups* is their number per family. *yes* means that the cut model saves, and opens
-with `from_pretrained` (with `pruner_lib` imported where layers differ). *yes, in memory* means that the model's configuration has
-no entry for the new size, or that it has no configuration: the cut model runs, generates and trains, and its weights can be saved
-as a state dict, but `save_pruned` refuses it. The last column says why a family is blocked.
+The models are tiny (two layers) and random. *Groups* is their number per family. *yes* means that the cut
+model saves, and opens with `from_pretrained` (with `pruner_lib` imported where layers differ). *yes, in
+memory* means that the model's configuration has no entry for the new size, or that it has no configuration:
+the cut model runs, generates and trains, and its weights can be saved as a state dict, but `save_pruned`
+refuses it. The last column says why a family is blocked.
 """
 
 

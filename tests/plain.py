@@ -26,7 +26,9 @@ def halves_turned(x: Tensor, angles: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """Embedding, blocks, norm, head; ``make(layer)`` builds a block that maps ``[B, S, width]`` to itself."""
 
-    def __init__(self, make: Callable[[int], nn.Module], norm: Callable[[], nn.Module], tied: bool = False) -> None:
+    def __init__(
+        self, make: Callable[[int], nn.Module], norm: Callable[[], nn.Module], tied: bool = False
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(make(layer) for layer in range(LAYERS))
@@ -43,7 +45,7 @@ class Decoder(nn.Module):
 
 
 class TwoAxisBlock(nn.Module):
-    """ChatGLM-6B's way: fused QKV interleaved per head, rotary over two axes, scaled residuals (post-norm)."""
+    """ChatGLM-6B's way: fused QKV interleaved per head, rotary over two axes, scaled residuals."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
@@ -139,7 +141,9 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, layer: int) -> None:
         super().__init__()
-        self.inside = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True, norm_first=True)
+        self.inside = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 48, dropout=0.0, batch_first=True, norm_first=True
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.inside(hidden, src_mask=causal(hidden.shape[1], hidden))

@@ -58,7 +58,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_says_what_discovery_finds(name):
     committed = [(kind, groups, layers, why or None) for kind, groups, layers, _, why in read_page()[name]]
-    assert committed == list(rows(discover(tiny(name)))), "run python tests/architectures.py and commit the page"
+    assert committed == list(rows(discover(tiny(name)))), (
+        "run python tests/architectures.py and commit the page"
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -63,7 +63,9 @@ class Quantised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(8, 6)
-        self.register_parameter("packed", nn.Parameter(torch.ones(5, 6, dtype=torch.int8), requires_grad=False))
+        self.register_parameter(
+            "packed", nn.Parameter(torch.ones(5, 6, dtype=torch.int8), requires_grad=False)
+        )
 
     def forward(self, input_ids):
         return self.embed(input_ids) @ self.packed.to(torch.float32).T
@@ -198,7 +200,9 @@ class Scaled(nn.Module):
 def test_a_scale_that_follows_the_size_refuses_the_cut():
     model = Scaled()
     found = discover(model)
-    (channels,) = [f for f in found.select() if any(s.parameter == "q.weight" and s.dim == 0 for s in f.slices)]
+    (channels,) = [
+        f for f in found.select() if any(s.parameter == "q.weight" and s.dim == 0 for s in f.slices)
+    ]
     with pytest.raises(PruningError, match="a number in its code moved with the cut"):
         prune(model, PruningPlan.from_removal(found, {channels.name: [0, 1]}))
 

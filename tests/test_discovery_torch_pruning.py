@@ -90,13 +90,13 @@ def test_they_see_no_heads_we_do(model, ours):
     kept = torch.tensor([i for i in range(32) if i != 17])
     for name, dim in answer:
         parameters[name].data = parameters[name].data.index_select(dim, kept)
-    with pytest.raises(RuntimeError, match="invalid for input of size|shape"):
+    with pytest.raises(RuntimeError, match=r"invalid for input of size|shape"):
         short(input_ids=torch.arange(5)[None])
 
 
 def test_rotary_channels_are_tied_across_heads_and_layers(model, ours):
-    """They tie key channel 9 to the queries' channel 9 at most. We are right to tie it to channel 1 of every head
-    of every layer: all rotate with the same frequency, and one cut head would have one frequency fewer."""
+    """They tie key channel 9 to the queries' channel 9 at most. We are right to tie it to channel 1 of every
+    head of every layer: all rotate with the same frequency, and one head would have one fewer."""
     answer = theirs(model, ATTENTION + "k_proj", [9])
     assert not any("layers.1" in parameter for parameter, _ in answer)
     (channel,) = ours.select(kind="qk_channel", cuttable=False)

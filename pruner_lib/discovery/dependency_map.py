@@ -11,8 +11,8 @@ from torch import nn
 
 from .explanation import Explanation, explain_group
 from .families import GroupFamily, Removal, UnknownFamilyError
-from .summary import as_html, as_text
 from .grouping import build_families, layer_list
+from .summary import as_html, as_text
 from .tracing import meta_copy, refuse_quantised, run
 from .zeroing import NormIndex, norm_indices, zero_groups
 

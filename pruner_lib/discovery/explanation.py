@@ -137,7 +137,9 @@ def _steps(trace: Trace) -> _Steps:
     source = np.concatenate([left, right])
     order = np.argsort(source, kind="stable")
     start = np.searchsorted(source[order], np.arange(len(trace.store) + 1))
-    return _Steps(start, np.concatenate([right, left])[order], np.concatenate([why, why])[order], tuple(reasons))
+    return _Steps(
+        start, np.concatenate([right, left])[order], np.concatenate([why, why])[order], tuple(reasons)
+    )
 
 
 def _chains(trace: Trace, start: int, wanted: np.ndarray) -> dict[int, tuple[str, ...]]:

@@ -106,7 +106,9 @@ def block_reasons(trace: Trace, cyclic: np.ndarray, chosen: np.ndarray) -> tuple
     ]
     code = np.zeros(len(trace.store), dtype=np.int64)
     numbers: dict[str, int] = {}
-    rivals = [(roots[~chosen[roots]], why) for terms, why in trace.rivals for roots in [trace.store.find(terms)]]
+    rivals = [
+        (roots[~chosen[roots]], why) for terms, why in trace.rivals for roots in [trace.store.find(terms)]
+    ]
     for terms, reason in [*trace.blocks, *rivals]:
         number = numbers.setdefault(reason, len(numbers) + len(("", "", "")))
         roots = trace.store.find(terms)

@@ -25,11 +25,12 @@ def _packets(names: str) -> frozenset[Any]:
 
 
 KEEPS_ZERO = _packets(
-    """relu silu gelu tanh neg abs sqrt sin tan erf sign trunc round floor ceil leaky_relu elu selu celu mish
-    hardswish hardtanh relu6 square softshrink expm1 log1p nan_to_num native_dropout clone contiguous alias detach
-    _to_copy to dropout tril triu type_as lift_fresh view _unsafe_view reshape _reshape_alias t transpose permute
-    unsqueeze squeeze slice split split_with_sizes chunk select unbind index index_select gather embedding sum mean
-    roll flip native_layer_norm layer_norm _fused_rms_norm rms_norm zero cat stack copy"""
+    """relu silu gelu tanh neg abs sqrt sin tan erf sign trunc round floor ceil leaky_relu elu selu celu
+    mish hardswish hardtanh relu6 square softshrink expm1 log1p nan_to_num native_dropout clone
+    contiguous alias detach _to_copy to dropout tril triu type_as lift_fresh view _unsafe_view reshape
+    _reshape_alias t transpose permute unsqueeze squeeze slice split split_with_sizes chunk select
+    unbind index index_select gather embedding sum mean roll flip native_layer_norm layer_norm
+    _fused_rms_norm rms_norm zero cat stack copy"""
 )
 FACTORS = _packets("mul")
 TERMS = _packets("add sub rsub where minimum maximum lerp")
@@ -62,7 +63,9 @@ def result_is_quiet(packet: Any, args: Any, infos: Sequence[Info], dims: Sequenc
     if packet in FACTORS:
         return all(any(info.quiet and carries(info, axis) for info in infos) for axis in labelled)
     if packet in TERMS:
-        return len(infos) > 1 and all(info.quiet and carries(info, a) for info in infos[-2:] for a in labelled)
+        return len(infos) > 1 and all(
+            info.quiet and carries(info, a) for info in infos[-2:] for a in labelled
+        )
     if packet in (aten.div, aten.div_):
         return infos[0].quiet and all(carries(infos[0], axis) for axis in labelled)
     if packet in (aten.pow, aten.pow_):

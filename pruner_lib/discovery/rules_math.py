@@ -46,8 +46,13 @@ def rule_pointwise(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) ->
         # The sum of two activations may be a residual connection; with a parameter it is a bias.
         if left.source is None and right.source is None and left.learned and right.learned and dims:
             trace.record("added", dims[-1])
-    gates = func.overloadpacket in (aten.mul, aten.mul_) and len(operands) == 2 and all(
-        trace.info(t).from_tokens and trace.info(t).source is None and t.shape == out.shape for t in operands
+    gates = (
+        func.overloadpacket in (aten.mul, aten.mul_)
+        and len(operands) == 2
+        and all(
+            trace.info(t).from_tokens and trace.info(t).source is None and t.shape == out.shape
+            for t in operands
+        )
     )
     if dims and (gates or func.overloadpacket in NONLINEAR):
         trace.record("bent", dims[-1])
@@ -179,13 +184,14 @@ def rule_compete(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
         dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
     dim = -1 if dim is None else dim
     reason = f"its indices compete or have an order ({trace.where()})"
-    if isinstance(dims[dim], np.ndarray) and packet in CHOOSING:
-        trace.rivals.append((dims[dim], reason))
-        trace.record("competed", dims[dim], axis=dim % len(dims) - len(dims))
+    rivals = dims[dim]
+    if isinstance(rivals, np.ndarray) and packet in CHOOSING:
+        trace.rivals.append((rivals, reason))
+        trace.record("competed", rivals, axis=dim % len(dims) - len(dims))
         if packet is aten.topk:
-            trace.floors.append((dims[dim], int(args[1])))
+            trace.floors.append((rivals, int(args[1])))
     else:
-        trace.block(dims[dim], reason)
+        trace.block(rivals, reason)
     rest = list(dims)
     if packet not in CHOOSING or packet is aten.topk:
         rest[dim] = None
@@ -298,8 +304,30 @@ def _all(names: str, rule: Callable) -> dict[Any, Callable]:
 
 NONLINEAR = {
     getattr(aten, name)
-    for plain in "relu silu gelu tanh sigmoid erf leaky_relu elu selu celu mish hardswish hardtanh hardsigmoid relu6 "
-    "softplus log_sigmoid_forward log_sigmoid square abs clamp clamp_min".split()
+    for plain in [
+        "relu",
+        "silu",
+        "gelu",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "mish",
+        "hardswish",
+        "hardtanh",
+        "hardsigmoid",
+        "relu6",
+        "softplus",
+        "log_sigmoid_forward",
+        "log_sigmoid",
+        "square",
+        "abs",
+        "clamp",
+        "clamp_min",
+    ]
     for name in (plain, f"{plain}_")
     if hasattr(aten, name)
 }

@@ -37,8 +37,8 @@ def refuse_quantised(model: nn.Module) -> None:
         packed = isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.dtype in PACKED
         if packed and (isinstance(tensor, nn.Parameter) or tensor.dtype is not torch.uint8):
             raise DiscoveryError(
-                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: this model is quantised. Load "
-                "the model unquantised (dtype='bfloat16' for example), prune it, and quantise the result"
+                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: this model is quantised. "
+                "Load the model unquantised (dtype='bfloat16' for example), prune it, quantise the result"
             )
 
 
@@ -61,9 +61,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             getattr(module, hooks).clear()
     for module in copied.modules():  # layers of different widths hold configurations of their own
-        if getattr(vars(module).get("config"), "_experts_implementation_internal", None) is not None:
+        config = vars(module).get("config")
+        if getattr(config, "_experts_implementation_internal", None) is not None:
             # The one way through the experts that asks for no values.
-            module.config._experts_implementation_internal = "batched_mm"
+            vars(config)["_experts_implementation_internal"] = "batched_mm"
     return copied.eval()
 
 

@@ -128,7 +128,14 @@ class OverKept(TorchDispatchMode):
             gone = torch.ones(self.width, dtype=torch.bool, device=x.device).index_fill(0, kept, False)
             masked = x.transpose(self.axis, -1).masked_fill(gone, -torch.inf).transpose(self.axis, -1)
             return func(masked, *args[1:], **kwargs)
-        if not self.competes and packet in (aten.mean, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm):
+        if not self.competes and packet in (
+            aten.mean,
+            aten.var,
+            aten.std,
+            aten.var_mean,
+            aten.std_mean,
+            aten.linalg_vector_norm,
+        ):
             return func(x.index_select(self.axis, kept), *args[1:], **kwargs)
         if not self.competes and packet in (aten.native_layer_norm, aten._fused_rms_norm):
             part = [a[..., kept] if isinstance(a, torch.Tensor) else a for a in args]

@@ -200,8 +200,10 @@ class _Search:
     def _unset(self, profile: Profile) -> Iterator[Widths]:
         """Entries that are None, where the code computes a width (GPT-2's ``n_inner``): the new width."""
         empty = [entry for entry, value in self.values[0].items() if value is None and entry[0] != "_"]
-        sizes = {layer: {self.target[name][dim] for name, dim in profile.places if f".{layer}." in f".{name}"}
-                 for layer in profile.layers}
+        sizes = {
+            layer: {self.target[name][dim] for name, dim in profile.places if f".{layer}." in f".{name}"}
+            for layer in profile.layers
+        }
         if any(len(found) != 1 for found in sizes.values()):
             return
         for entry in empty:

@@ -86,8 +86,8 @@ def _check_parts(
         counts = zip(parts[stays].tolist(), kept.tolist(), strict=True)
         listed = ", ".join(f"{part}: {left}" for part, left in counts)
         raise ValueError(
-            f"{family.name}: every {'KV group' if family.kind == 'query_head' else 'part'} must keep the same "
-            f"number of {family.kind.replace('_', ' ')}s, at least one; "
+            f"{family.name}: every {'KV group' if family.kind == 'query_head' else 'part'} must keep the "
+            f"same number of {family.kind.replace('_', ' ')}s, at least one; "
             f"this removal leaves {{{listed}}}. Remove as many from each"
         )
 

@@ -39,7 +39,8 @@ def find_difference(model: nn.Module, plan: PruningPlan) -> str | None:
     moved = set(plan.dependencies.factors) ^ set(found.factors)
     if moved:
         module, operator, number = sorted(moved)[0]
-        return f"a number in its code moved with the cut ({operator} with {number:.6g} in {module or 'the model'})"
+        where = module or "the model"
+        return f"a number in its code moved with the cut ({operator} with {number:.6g} in {where})"
     by_place = _by_place(found)
     for family in plan.dependencies.families:
         expected = _remaining(family, plan)
@@ -73,7 +74,9 @@ def _are_among(expected: Tables, found: Tables, first: Place) -> bool:
     rows, anchors = expected[first], found[first][:, 0]
     at = np.minimum(np.searchsorted(anchors, rows[:, 0]), len(anchors) - 1)
     return all(
-        place in found and found[place].shape[1] == wanted.shape[1] and np.array_equal(found[place][at], wanted)
+        place in found
+        and found[place].shape[1] == wanted.shape[1]
+        and np.array_equal(found[place][at], wanted)
         for place, wanted in expected.items()
     )
 
