@@ -15,15 +15,24 @@ from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned, sav
 from pruner_lib.discovery import discover
 from pruner_lib.pruning import PruningPlan, prune
 
-UNIFORM = {f"layers.{i}.{kind}": groups for i in range(3) for kind, groups in
-           (("attention_head", [1]), ("mlp_neuron", [0, 4, 9, 11]))}
+UNIFORM = {
+    f"layers.{i}.{kind}": groups
+    for i in range(3)
+    for kind, groups in (("attention_head", [1]), ("mlp_neuron", [0, 4, 9, 11]))
+}
 UNEVEN = {"layers.0.attention_head": [1], "layers.1.mlp_neuron": [0, 2, 4], "layers.2.query_head": [0, 3]}
 UNEVEN_NEURONS = {"layers.1.mlp_neuron": [0, 2, 4]}
 
 
 def tiny(kind: str = "llama", **changes: object) -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
     ids = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -85,8 +94,12 @@ def test_with_biases_mistral_cannot_stand_in_and_the_library_is_needed(tmp_path:
 
 def test_the_default_head_size_is_written_out(tmp_path: Path) -> None:
     # 128 is the class's default, which transformers leaves out of config.json and derives anew on reading.
-    model = pruned({f"layers.{i}.attention_head": [0, 1] for i in range(3)}, hidden_size=512, head_dim=None,
-                   num_key_value_heads=4)
+    model = pruned(
+        {f"layers.{i}.attention_head": [0, 1] for i in range(3)},
+        hidden_size=512,
+        head_dim=None,
+        num_key_value_heads=4,
+    )
     assert model.config.head_dim == 128
     save_pruned(model, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["head_dim"] == 128

@@ -2,50 +2,120 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from zoo import CONFIGURATIONS, tiny
+from architectures import BY_CONFIGURATION, IN_MEMORY, can_lose, read_page, rows
+from torch import nn
+from zoo import NAMES, PLAIN, tiny
 
-from pruner_lib.discovery import GroupFamily, discover
+from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
+from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.pruning import PruningPlan, prune
 
-KINDS = ("mlp_neuron", "attention_head", "query_head", "hidden_channel", "qk_channel", "value_channel")
+TOLERANCE = dict.fromkeys(("deepseek_v3", "deepseek_v3_groups"), 1e-5)  # its router computes in float32
 TOKENS = torch.arange(3, 15).reshape(2, 6)
+KINDS = (
+    *("mlp_neuron", "attention_head", "query_head", "hidden_channel"),
+    *("qk_channel", "value_channel", "latent_channel", "expert"),
+)
+CASES = [(name, row[0]) for name, found in read_page().items() for row in found if row[3] != "no"]
+CASES = list(dict.fromkeys(CASES))
 
 
-def random_groups(family: GroupFamily, random: np.random.Generator) -> list[int]:
-    """Any groups but all; of query heads the same number in every KV group."""
-    if family.partition is None:
-        count = int(random.integers(1, family.size)) if family.size > 1 else 0
-        return sorted(random.choice(family.size, count, replace=False).tolist())
-    parts = [np.flatnonzero(family.partition == part) for part in np.unique(family.partition)]
-    count = int(random.integers(1, len(parts[0]))) if len(parts[0]) > 1 else 0
+def random_groups(family: GroupFamily, random: np.random.Generator, most: float = 1.0) -> list[int]:
+    """Any groups but all, and as many of every part."""
+    whole = np.zeros(family.size, dtype=np.int64) if family.partition is None else family.partition
+    parts = [np.flatnonzero(whole == part) for part in np.unique(whole)]
+    spare = len(parts[0]) - max(1, -(-family.at_least // len(parts)))
+    count = int(random.integers(1, max(1, int(spare * most)) + 1)) if spare > 0 else 0
     return sorted(int(g) for part in parts for g in random.choice(part, count, replace=False))
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def random_removal(
+    dependencies: DependencyMap, kind: str, random: np.random.Generator, even: bool = False
+) -> dict[str, list[int]]:
+    """Groups of every family of a kind; ``even``: as many of each family of one size."""
+    removal: dict[str, list[int]] = {}
+    counts: dict[int, list[int]] = {}
+    for family in dependencies.select(kind=kind):
+        groups = random_groups(family, random, most=0.5)
+        if even:
+            groups = counts.setdefault(family.size, groups)
+        if groups:
+            removal[family.name] = groups
+    return removal
+
+
+def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS).logits
+        out = model(input_ids=TOKENS)
+    return out if isinstance(out, torch.Tensor) else out.logits
 
 
-CASES = [(name, kind) for name in CONFIGURATIONS for kind in KINDS]
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_says_what_discovery_finds(name):
+    committed = [(kind, groups, layers, why or None) for kind, groups, layers, _, why in read_page()[name]]
+    assert committed == list(rows(discover(tiny(name)))), (
+        "run python tests/architectures.py and commit the page"
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_cut_equals_zeroed(name, kind):
     model = tiny(name)
     dependencies = discover(model)
-    families = dependencies.select(kind=kind)
     random = np.random.default_rng(len(name))
-    removal = {f.name: groups for f in families if (groups := random_groups(f, random))}
-    if not removal:
-        blocked = [f.blocked for f in dependencies.select(kind=kind, cuttable=False)]
-        assert all(blocked) or kind in ("attention_head", "query_head")
-        return
+    families = [f for f in dependencies.select(kind=kind) if can_lose(f)]
+    removal = {f.name: random_groups(f, random) for f in families}
     plan = PruningPlan.from_removal(dependencies, removal)
     cut, zeroed = prune(model, plan), dependencies.zero(model, removal)
     difference = (logits(cut) - logits(zeroed)).abs().max().item()
-    assert difference < 1e-9, f"max difference {difference:.2e} after removing {removal}"
+    assert difference < TOLERANCE.get(name, 1e-9), f"max difference {difference:.2e} after removing {removal}"
     assert (logits(cut) - logits(model)).abs().max() > 1e-6, "the groups removed did not matter"
     assert sum(p.numel() for p in cut.parameters()) == plan.params_after
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_cut_model_is_an_ordinary_one(name, kind, tmp_path):
+    model = tiny(name)
+    dependencies = discover(model)
+    removal = random_removal(dependencies, kind, np.random.default_rng(1), even=True)
+    cut = prune(model, PruningPlan.from_removal(dependencies, removal))
+    assert_trains(cut)
+    if name in PLAIN:
+        again = copy.deepcopy(cut)
+        again.load_state_dict(cut.state_dict())
+        assert torch.equal(logits(again), logits(cut))
+        return
+    assert_generates_alike(cut)
+    (how,) = {row[3] for row in read_page()[name] if row[0] == kind and row[3] != "no"}
+    if how == IN_MEMORY:
+        with pytest.raises(CheckpointError, match="no way to say"):
+            save_pruned(cut, tmp_path / "cut")
+        return
+    assert how == BY_CONFIGURATION
+    save_pruned(cut, tmp_path / "cut")
+    again = load_pruned(tmp_path / "cut")
+    if again._can_set_experts_implementation():
+        again.set_experts_implementation("eager")  # grouped kernels take no float64
+    # Gemma rounds the scale of its embeddings to the dtype it is built in, hence no torch.equal.
+    torch.testing.assert_close(logits(again), logits(cut), rtol=1e-5, atol=1e-5)
+
+
+def assert_trains(cut: nn.Module) -> None:
+    """A backward pass reaches every parameter that one reaches at all."""
+    trained = copy.deepcopy(cut)
+    out = trained(input_ids=TOKENS)
+    (out if isinstance(out, torch.Tensor) else out.logits).square().mean().backward()
+    reached = [p for p in trained.parameters() if p.grad is not None and p.grad.isfinite().all()]
+    assert len(reached) == len(list(trained.parameters()))
+
+
+def assert_generates_alike(cut: nn.Module) -> None:
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = cut.generate(TOKENS, use_cache=True, **options)
+    assert torch.equal(cached, cut.generate(TOKENS, use_cache=False, **options))
+    assert cached.shape == (2, 11)

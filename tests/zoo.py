@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from plain import PLAIN
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +24,19 @@ GROUPED = {**SMALL, "num_key_value_heads": 2}
 WIDE = {**GROUPED, "head_dim": 8}
 GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LATENT = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
@@ -69,17 +83,37 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", GROUPED),
     "granite": ("granite", GROUPED),
     "gpt_bigcode": ("gpt_bigcode", {**GPT, **SPECIAL, "n_inner": 48}),
+    "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**WIDE, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 1, "topk_group": 1}),
+    "deepseek_v3_groups": ("deepseek_v3", {**LATENT, "n_group": 2, "topk_group": 1}),
 }
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A random model with weights large enough that every head and neuron matters."""
-    model_type, settings = CONFIGURATIONS[name]
+    """A random model with weights large enough that every head and neuron matters.
+
+    Names of :data:`CONFIGURATIONS` build transformers' models, those of ``plain.PLAIN`` plain modules.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).to(dtype).eval()
+    model = PLAIN[name]() if name in PLAIN else _from_configuration(name)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
-            parameter.copy_(noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return model
+            parameter.data = noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise
+    return model.to(dtype).eval()
+
+
+def _from_configuration(name: str) -> nn.Module:
+    model_type, settings = CONFIGURATIONS[name]
+    config = AutoConfig.for_model(model_type, **settings)
+    # Grouped kernels for experts take no float64.
+    options = {"experts_implementation": "eager"} if "num_experts_per_tok" in settings else {}
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+NAMES = (*CONFIGURATIONS, *PLAIN)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from .explanation import Explanation, explain_group
 from .families import GroupFamily, Removal, UnknownFamilyError
 from .grouping import build_families, layer_list
-from .tracing import meta_copy, run
+from .summary import as_html, as_text
+from .tracing import meta_copy, refuse_quantised, run
 from .zeroing import NormIndex, norm_indices, zero_groups
 
 
@@ -23,10 +24,13 @@ class DependencyMap:
     Attributes:
         families: in the order in which the model uses them.
         shapes: shape of every parameter and buffer.
-        buffers: which of them are buffers.
         aliases: other names of tied parameters → the name used in the slices.
         num_layers: number of decoder layers.
         without_rule: operators without a rule that touched labels → modules that called them.
+        buffers: names in ``shapes`` that are buffers.
+        norms: where norms average, and routers choose, over the groups of a family.
+        factors: ``(module, operator, number)`` of the numbers the code multiplies with or adds to what
+            is learned: softmax scales, epsilons. A cut must leave them as they are.
     """
 
     families: tuple[GroupFamily, ...]
@@ -36,6 +40,7 @@ class DependencyMap:
     without_rule: Mapping[str, tuple[str, ...]]
     buffers: frozenset[str] = frozenset()
     norms: tuple[NormIndex, ...] = ()
+    factors: tuple[tuple[str, str, float], ...] = field(default=(), repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
     _inputs: Mapping[str, Any] | None = field(default=None, repr=False)
 
@@ -76,37 +81,25 @@ class DependencyMap:
         """
         return zero_groups(self, model, removal)
 
+    def plot(self, family: str | GroupFamily | None = None, groups: int | Sequence[int] = 0) -> Any:
+        """A family's matrices with the slices of some groups as coloured stripes; see ``pruner_lib.display``.
+
+        Args:
+            family: a family or its name; the first that may be cut within one layer when not given.
+            groups: one group index or several.
+        """
+        from pruner_lib import display
+
+        inside = [f for f in self.select() if f.layer is not None] or list(self.families)
+        return display.draw_family(self, inside[0] if family is None else family, groups)
+
     def __str__(self) -> str:
-        total = sum(f.size for f in self.families)
-        lines = [f"DependencyMap: {self.num_layers} layers, {len(self.families)} families, {total} groups"]
-        lines += [f"  {row}" for row in self._rows()]
-        for operator, modules in self.without_rule.items():
-            called = ", ".join(sorted(modules)[:3])
-            lines.append(f"  no rule for {operator} (called in {called}): labels blocked")
-        return "\n".join(lines)
+        return as_text(self)
 
     __repr__ = __str__
 
-    def _rows(self) -> list[str]:
-        rows: dict[tuple[str, int, str], list[GroupFamily]] = {}
-        for f in self.families:
-            rows.setdefault((f.kind, f.size, f.blocked or ""), []).append(f)
-        lines = []
-        for (kind, size, blocked), members in rows.items():
-            times = f"{len(members)} × {size:>6,}" if len(members) > 1 else f"    {size:>6,}"
-            where = sorted({f.layer for f in members if f.layer is not None})
-            layers = "" if not where else f"layer {where[0]}"
-            if len(where) > 1:
-                layers = f"layers {where[0]}–{where[-1]}"
-            why = f"blocked: {blocked}" if blocked else ""
-            lines.append(f"{kind:<15} {times:>12}  {layers:<13} {why}".rstrip())
-        return lines[:40] + ([f"… and {len(lines) - 40} more rows"] if len(lines) > 40 else [])
-
     def _repr_html_(self) -> str:
-        from html import escape
-
-        body = "".join(f"<tr><td><pre style='margin:0'>{escape(row)}</pre></td></tr>" for row in self._rows())
-        return f"<table><caption>{escape(str(self).splitlines()[0])}</caption>{body}</table>"
+        return as_html(self)
 
 
 def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = None) -> DependencyMap:
@@ -121,14 +114,15 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
         example_inputs: keyword arguments of one forward call, when token ids alone do not do.
 
     Raises:
-        DiscoveryError: the model cannot be run on the meta device.
+        DiscoveryError: the model cannot be run on the meta device, or is quantised.
     """
+    refuse_quantised(model)
     skeleton = meta_copy(model)
     trace, labels = run(skeleton, example_inputs)
     grouping = build_families(trace, labels, skeleton)
     norms = norm_indices(trace, grouping)
     families = [
-        GroupFamily(**{**vars(f), "normed_by": tuple(n.module for n in norms if n.family == f.name)})
+        replace(f, normed_by=tuple(dict.fromkeys(n.module for n in norms if n.family == f.name)))
         for f in grouping.families
     ]
     names = {id(p): name for name, p in skeleton.named_parameters()}
@@ -148,6 +142,7 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
         without_rule=without,
         buffers=frozenset(name for name, _ in skeleton.named_buffers()),
         norms=tuple(norms),
+        factors=tuple(sorted(trace.factors)),
         _model=skeleton,
         _inputs=example_inputs,
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .families import GroupFamily
-from .state import Trace
+from .families import CoupledSlice, GroupFamily
+from .state import Dim, Trace
 from .tracing import run
 
 if TYPE_CHECKING:
     from .dependency_map import DependencyMap
+
+
+MOST_LINKS = 24  # printed per group; residual channels run through every matrix of the model
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,16 @@ class Link:
     dim: int
     indices: tuple[int, ...]
     because: tuple[str, ...]
+    family: str = ""
+
+    @property
+    def place(self) -> str:
+        """Parameter, dimension and the first indices."""
+        more = f", … ({len(self.indices)})" if len(self.indices) > 4 else ""
+        return f"{self.parameter}[dim {self.dim}: {', '.join(map(str, self.indices[:4]))}{more}]"
 
     def __str__(self) -> str:
-        more = f", … ({len(self.indices)})" if len(self.indices) > 4 else ""
-        few = ", ".join(map(str, self.indices[:4])) + more
-        why = " → ".join(self.because) if self.because else "asked about"
-        return f"{self.parameter}[dim {self.dim}: {few}]  {why}"
+        return f"{self.place}  {' → '.join(self.because) if self.because else 'asked about'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +52,16 @@ class Explanation:
         if not self.families:
             return f"{self.question} belongs to no group: nothing else is tied to it"
         lines = [f"{self.question} belongs to"]
-        lines += [f"  group {g} of {f!r}" for f, g in zip(self.families, self.groups, strict=True)]
-        lines += [f"    {link}" for link in self.links]
+        for family, group in zip(self.families, self.groups, strict=True):
+            links = [link for link in self.links if link.family == family.name]
+            width = min(max(len(link.place) for link in links), 60)
+            lines.append(f"  group {group} of {family!r}")
+            lines += [
+                f"    {link.place:<{width}}  {' → '.join(link.because) or 'asked about'}"
+                for link in links[:MOST_LINKS]
+            ]
+            if len(links) > MOST_LINKS:
+                lines.append(f"    … and {len(links) - MOST_LINKS} more slices (see .links)")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -75,45 +90,85 @@ def explain_group(dependencies: DependencyMap, parameter: str, dim: int, index: 
     trace, labels = run(dependencies._model, dependencies._inputs, log=True)
     asked = labels[parameter][dim]
     assert isinstance(asked, np.ndarray)
-    chains = _chains(trace, int(asked[index]))
+    found = [
+        (family, piece, piece.index[group], _terms(labels, piece)[piece.index[group]])
+        for family, group in zip(families, groups, strict=True)
+        for piece in family.slices
+    ]
+    chains = _chains(trace, int(asked[index]), np.concatenate([terms for *_, terms in found]))
     links = []
-    for family, group in zip(families, groups, strict=True):
-        for piece in family.slices:
-            indices = tuple(piece.index[group].tolist())
-            carried = labels[piece.parameter][piece.dim]
-            assert isinstance(carried, np.ndarray)
-            terms = carried[list(indices)].tolist()
-            because = next((chains[t] for t in terms if t in chains), ())
-            links.append(Link(piece.parameter, piece.dim, indices, because))
+    for family, piece, indices, terms in found:
+        ways = [chains[t] for t in terms.tolist() if t in chains]
+        because = min(ways, key=len, default=())
+        links.append(Link(piece.parameter, piece.dim, tuple(indices.tolist()), because, family.name))
     return Explanation(question, tuple(families), tuple(groups), tuple(links))
 
 
-def _chains(trace: Trace, start: int) -> dict[int, tuple[str, ...]]:
-    """Breadth-first over equations and pairs: per reachable term, the operators on the way.
+def _terms(labels: Mapping[str, Sequence[Dim]], piece: CoupledSlice) -> np.ndarray:
+    carried = labels[piece.parameter][piece.dim]
+    assert isinstance(carried, np.ndarray)
+    return carried
 
-    A step goes between equal terms, from a pair to its parts and from a part to pairs that hold it.
-    """
-    steps: dict[int, list[tuple[int, str]]] = {}
 
-    def connect(left: np.ndarray, right: np.ndarray, why: str) -> None:
-        for a, b in zip(left.tolist(), right.tolist(), strict=True):
-            if a != b:
-                steps.setdefault(a, []).append((b, why))
-                steps.setdefault(b, []).append((a, why))
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """Edges between terms in compressed rows: those of term ``t`` are ``start[t]`` to ``start[t + 1]``."""
 
+    start: np.ndarray
+    target: np.ndarray
+    reason: np.ndarray
+    reasons: tuple[str, ...]
+
+
+def _steps(trace: Trace) -> _Steps:
+    """A step goes between equal terms, from a pair to its parts and from a part to pairs that hold it."""
+    reasons, lefts, rights, whys = [""], [], [], []
     for equation in trace.equations or []:
-        connect(equation.left, equation.right, f"{equation.operator} ({equation.module or 'model'})")
-    if trace.store._pairs:
-        table = np.concatenate(trace.store._pairs)
-        connect(table[:, 0], table[:, 1], "")
-        connect(table[:, 0], table[:, 2], "")
-    chains: dict[int, tuple[str, ...]] = {int(start): ()}
-    queue = deque([int(start)])
-    while queue:
-        term = queue.popleft()
-        for other, why in steps.get(term, ()):
-            if other not in chains:
-                known = chains[term]
-                chains[other] = known if not why or known[-1:] == (why,) else (*known, why)
-                queue.append(other)
-    return chains
+        reasons.append(f"{equation.operator} ({equation.module or 'the model'})")
+        lefts.append(equation.left)
+        rights.append(equation.right)
+        whys.append(np.full(len(equation.left), len(reasons) - 1, dtype=np.int32))
+    for table in trace.store._pairs:
+        for column in (1, 2):
+            lefts.append(table[:, 0])
+            rights.append(table[:, column])
+            whys.append(np.zeros(len(table), dtype=np.int32))
+    left, right, why = (np.concatenate([np.zeros(0, np.int32), *column]) for column in (lefts, rights, whys))
+    source = np.concatenate([left, right])
+    order = np.argsort(source, kind="stable")
+    start = np.searchsorted(source[order], np.arange(len(trace.store) + 1))
+    return _Steps(
+        start, np.concatenate([right, left])[order], np.concatenate([why, why])[order], tuple(reasons)
+    )
+
+
+def _chains(trace: Trace, start: int, wanted: np.ndarray) -> dict[int, tuple[str, ...]]:
+    """Per wanted term, the operators on a shortest way from ``start``; breadth first, a level at a time."""
+    steps = _steps(trace)
+    before = np.full(len(trace.store), -1, dtype=np.int32)
+    reason = np.zeros(len(trace.store), dtype=np.int32)
+    before[start] = start
+    frontier = np.array([start])
+    while len(frontier) and (before[wanted] < 0).any():
+        counts = steps.start[frontier + 1] - steps.start[frontier]
+        offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        edge = np.repeat(steps.start[frontier], counts) + offset
+        origin, target = np.repeat(frontier, counts), steps.target[edge]
+        fresh = before[target] < 0
+        target, first = np.unique(target[fresh], return_index=True)
+        before[target] = origin[fresh][first]
+        reason[target] = steps.reason[edge][fresh][first]
+        frontier = target
+    return {int(t): _walk_back(int(t), before, reason, steps.reasons) for t in wanted if before[t] >= 0}
+
+
+def _walk_back(
+    term: int, before: np.ndarray, reason: np.ndarray, reasons: tuple[str, ...]
+) -> tuple[str, ...]:
+    chain: list[str] = []
+    while before[term] != term:
+        why = reasons[reason[term]]
+        if why and chain[-1:] != [why]:
+            chain.append(why)
+        term = int(before[term])
+    return tuple(reversed(chain))

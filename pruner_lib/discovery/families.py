@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ KINDS = (
     "attention_head",
     "query_head",
     "mlp_neuron",
+    "latent_channel",
     "hidden_channel",
     "qk_channel",
     "value_channel",
@@ -32,11 +34,13 @@ class CoupledSlice:
         parameter: name as in ``model.named_parameters()`` or ``model.named_buffers()``.
         dim: the dimension that is cut.
         index: integer array ``[size, k]``.
+        shape: of the whole parameter.
     """
 
     parameter: str
     dim: int
     index: np.ndarray
+    shape: tuple[int, ...] = ()
 
     def of(self, groups: Sequence[int] | np.ndarray) -> np.ndarray:
         """Sorted indices of ``dim`` that belong to any of ``groups``."""
@@ -55,8 +59,10 @@ class GroupFamily:
         slices: the coupled slices, in the order in which the model uses them; the last one
             belongs to the layer that reads the group last (``down_proj``, ``o_proj``).
         blocked: why the family must not or cannot be cut, or None.
-        normed_by: modules whose norm averages over the family's own channels.
+        normed_by: modules that average over the family's own channels (norms), or let the family's
+            groups compete (a router's softmax and top-k).
         partition: for query heads, the KV group of each; every part must keep the same number.
+        at_least: how many groups must stay: of experts, as many as the router chooses for a token.
     """
 
     name: str
@@ -67,10 +73,21 @@ class GroupFamily:
     blocked: str | None = None
     normed_by: tuple[str, ...] = ()
     partition: np.ndarray | None = None
+    at_least: int = 1
 
     @property
     def cuttable(self) -> bool:
         return self.blocked is None
+
+    def plot(self, groups: int | Sequence[int] = 0) -> Any:
+        """The family's matrices, the slices of some groups as coloured stripes; see ``pruner_lib.display``."""
+        from pruner_lib import display
+
+        from .dependency_map import DependencyMap
+
+        shapes = {piece.parameter: piece.shape for piece in self.slices}
+        alone = DependencyMap((self,), shapes, aliases={}, num_layers=1, without_rule={})
+        return display.draw_family(alone, self, groups)
 
     def __repr__(self) -> str:
         where = f", layer {self.layer}" if self.layer is not None else ""

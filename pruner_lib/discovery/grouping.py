@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
 from .families import CoupledSlice, GroupFamily
+from .sayable import Sayable
 from .state import Dim, Trace
 
 ROLES = (
     *("batched", "slot", "attended", "mixed"),  # of a product of two activations
     *("token", "place", "embedded", "added", "returned"),
-    *("read", "written"),  # of a product with a parameter
+    *("read", "written", "bent"),  # of a product with a parameter; bent by a nonlinearity or a gate
+    "chosen",  # looked up by the indices that top-k returned
 )
 
 
@@ -87,13 +89,15 @@ def role_flags(trace: Trace) -> dict[str, np.ndarray]:
             flags[event.role][trace.store.find(event.labels)] = True
     table = trace.store.pairs()
     for _ in range(4):
+        experts = table[flags["chosen"][table[:, 0]]]
+        flags["chosen"][experts[:, 1]] = flags["chosen"][experts[:, 2]] = True
         heads = table[flags["batched"][table[:, 0]]]
         flags["batched"][heads[:, 1]] = True
         flags["slot"][heads[:, 2]] = True
     return flags
 
 
-def block_reasons(trace: Trace, cyclic: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def block_reasons(trace: Trace, cyclic: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Per class the number of its reason (0: free), and the reasons; a pair passes it to its parts."""
     reasons = [
         "",
@@ -102,7 +106,10 @@ def block_reasons(trace: Trace, cyclic: np.ndarray) -> tuple[np.ndarray, list[st
     ]
     code = np.zeros(len(trace.store), dtype=np.int64)
     numbers: dict[str, int] = {}
-    for terms, reason in trace.blocks:
+    rivals = [
+        (roots[~chosen[roots]], why) for terms, why in trace.rivals for roots in [trace.store.find(terms)]
+    ]
+    for terms, reason in [*trace.blocks, *rivals]:
         number = numbers.setdefault(reason, len(numbers) + len(("", "", "")))
         roots = trace.store.find(terms)
         code[roots[code[roots] == 0]] = number
@@ -119,6 +126,17 @@ def block_reasons(trace: Trace, cyclic: np.ndarray) -> tuple[np.ndarray, list[st
     return code, reasons
 
 
+def floor_of(trace: Trace) -> np.ndarray:
+    """Per class, how many of its indices top-k takes at once; 0 where nothing is chosen."""
+    floors = np.zeros(len(trace.store), dtype=np.int64)
+    for terms, count in trace.floors:
+        roots = trace.store.find(terms)
+        floors[roots] = np.maximum(floors[roots], count)
+    table = trace.store.pairs()
+    np.maximum.at(floors, table[:, 2], floors[table[:, 0]])  # experts in equal parts: as many in each part
+    return floors
+
+
 def kind_of(leaf: int, flags: Mapping[str, np.ndarray]) -> str:
     """What a leaf class is, from what the operators did with it."""
     is_ = {role: bool(flag[leaf]) for role, flag in flags.items()}
@@ -126,6 +144,8 @@ def kind_of(leaf: int, flags: Mapping[str, np.ndarray]) -> str:
         return "vocabulary"
     if is_["place"]:
         return "position"
+    if is_["chosen"]:
+        return "expert"
     if is_["batched"]:
         return "attention_head"
     if is_["slot"]:
@@ -136,8 +156,9 @@ def kind_of(leaf: int, flags: Mapping[str, np.ndarray]) -> str:
         return "value_channel"
     if is_["embedded"]:
         return "hidden_channel"
-    if is_["read"] and is_["written"]:
-        return "mlp_neuron"  # also where the activation adds a term of its own (GELU by its tanh formula)
+    if is_["read"] and is_["written"] and (is_["bent"] or not is_["added"]):
+        # Bent also where the activation adds a term of its own (GELU by its tanh formula).
+        return "mlp_neuron" if is_["bent"] else "latent_channel"
     return "hidden_channel" if is_["added"] else "other"
 
 
@@ -195,8 +216,8 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
     """All families of a traced model, in the order in which the model uses them."""
     trace.store.close()
     found = incidences(trace, labels)
-    code, reasons = block_reasons(trace, found.cyclic)
     flags = role_flags(trace)
+    code, reasons = block_reasons(trace, found.cyclic, flags["chosen"])
     roles = sum((flag.astype(np.int64) << k) for k, flag in enumerate(flags.values()))
     leaves, signature = signatures(found, code + (roles << 32))
     _, number = np.unique(signature, return_inverse=True)
@@ -206,24 +227,36 @@ def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.
     order = np.argsort(of_row, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if len(order) else []
     path, _ = layer_list(model)
+    learned = {name for name, _ in model.named_parameters()}
+    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    floors = floor_of(trace)
     made = []
     for chosen in parts:
         leaf = int(found.leaf[chosen[0]])
         kind, blocked = kind_of(leaf, flags), reasons[code[leaf]] or None
         keys, partition = found.leaf[chosen].astype(np.int64), None
-        if kind == "query_head":
+        if kind in ("query_head", "expert"):
             keys, partition = _with_sibling(found, chosen)
-            if partition is None:
+            if partition is None and kind == "query_head":
                 blocked = blocked or "the same query slot is used outside its key-value head"
-            elif code[partition].any():
+            elif partition is not None and code[partition].any():
                 blocked = blocked or reasons[code[partition][code[partition] > 0][0]]
         named = keys
         keys, partition = _rank(found, chosen, keys, partition)
         slices = slices_of(found, chosen, keys, trace.used)
+        slices = tuple(replace(piece, shape=shapes[piece.parameter]) for piece in slices)
         layer = layer_of({s.parameter for s in slices}, path)
-        family = GroupFamily("", kind, layer, len(np.unique(keys)), slices, blocked, (), partition)
+        if not any(s.parameter in learned for s in slices):
+            continue  # a table that the code computes, used by nothing that could be cut
+        size, floor = len(np.unique(keys)), int(floors[leaf])
+        if partition is not None:
+            floor *= len(np.unique(partition))
+        if floor >= size and floor > 1:
+            blocked = blocked or f"the router chooses {floor} of these {size} for every token"
+        family = GroupFamily("", kind, layer, size, slices, blocked, (), partition, max(floor, 1))
         made.append((family, found.leaf[chosen], named, keys))
-    families = [_without_own_size(family, [f for f, *_ in made]) for family, *_ in made]
+    sayable = Sayable(trace, model, [family for family, *_ in made])
+    families = [sayable.checked(family) for family, *_ in made]
     rank = sorted(range(len(made)), key=lambda k: _first_use(families[k], trace.used))
     family_of = np.full(len(trace.store), -1, dtype=np.int64)
     group_of: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -245,7 +278,7 @@ def _with_sibling(found: Incidence, chosen: np.ndarray) -> tuple[np.ndarray, np.
     rows = np.flatnonzero(np.isin(found.pattern, np.unique(found.pattern[chosen])))
     place = found.pattern * (int(found.index.max()) + 1) + found.index
     owner = siblings(place[rows], found.path[rows], found.leaf[rows], place[chosen], found.path[chosen])
-    if (owner < 0).any() or (found.path[chosen] % 2 == 0).any():
+    if (owner < 0).any():
         return found.leaf[chosen].astype(np.int64), None
     return pair_keys(owner, found.leaf[chosen]), owner
 
@@ -258,11 +291,13 @@ def pair_keys(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def siblings(
     place: np.ndarray, path: np.ndarray, leaf: np.ndarray, asked_place: np.ndarray, asked_path: np.ndarray
 ) -> np.ndarray:
-    """The leaf that is the other half of a pair, at the same place; -1 where that is a pair itself."""
+    """The leaf just left in the same term: kv of slot in ⟨⟨kv, slot⟩, c⟩ and in ⟨kv, ⟨slot, c⟩⟩; -1 where
+    nothing is left of it, or a pair."""
     depth = 1 << 12
+    ascended = asked_path // (asked_path & -asked_path)  # up while it is a left half
     address = place.astype(np.int64) * depth + path
     order = np.argsort(address)
-    wanted = asked_place.astype(np.int64) * depth + (asked_path ^ 1)
+    wanted = asked_place.astype(np.int64) * depth + (ascended ^ 1)
     at = np.searchsorted(address[order], wanted)
     at[at == len(order)] = 0
     return np.where(address[order][at] == wanted, leaf[order][at], -1).astype(np.int64)
@@ -285,20 +320,6 @@ def _rank(
     owner[numbers] = partition
     _, compact = np.unique(owner, return_inverse=True)
     return numbers, compact
-
-
-def _without_own_size(family: GroupFamily, families: Sequence[GroupFamily]) -> GroupFamily:
-    """Block value and QK channels where one head size serves query, key and value."""
-    if family.blocked or family.kind not in ("qk_channel", "value_channel"):
-        return family
-    other = "value_channel" if family.kind == "qk_channel" else "qk_channel"
-    mine = {s.parameter.rsplit(".", 2)[0] for s in family.slices}
-    for rival in families:
-        near = {s.parameter.rsplit(".", 2)[0] for s in rival.slices}
-        if rival.kind == other and mine & near:
-            reason = "one head size serves query, key and value, so the code cannot say a size of its own"
-            return GroupFamily(**{**vars(family), "blocked": reason})
-    return family
 
 
 def _named(families: Sequence[GroupFamily]) -> list[GroupFamily]:

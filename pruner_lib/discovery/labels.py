@@ -30,6 +30,14 @@ def _runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, same
 
 
+def _are_rows(asked: tuple[np.ndarray, ...], known: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Which rows of three columns occur among the known rows."""
+    first, second, third = (np.concatenate(both).astype(np.int64) for both in zip(asked, known, strict=True))
+    _, pair = np.unique(first << 32 | second, return_inverse=True)
+    key = pair.astype(np.int64) << 32 | third
+    return np.isin(key[: len(asked[0])], key[len(asked[0]) :])
+
+
 class LabelStore:
     """Union-find over terms, with pair structure and closure.
 
@@ -159,7 +167,9 @@ class LabelStore:
         middle = self.fresh(len(coarse))
         inner = self._pair_up(middle, fine[:, 2], fine[:, 3])
         outer = self._pair_up(coarse[:, 1], middle, ratio)
-        news = self._news(table, coarse[:, 2], fine[:, 2], fine[:, 3], fine[:, 1], coarse[:, 1], ratio)
+        by_right = _are_rows((coarse[:, 2], fine[:, 2], fine[:, 3]), (table[:, 0], table[:, 2], table[:, 3]))
+        by_left = _are_rows((fine[:, 1], coarse[:, 1], ratio), (table[:, 0], table[:, 1], table[:, 3]))
+        news = ~(by_right & by_left)
         if not news.any():
             # Every refinement is already known: forget the terms just made.
             self._pairs = [table]
@@ -169,35 +179,6 @@ class LabelStore:
         self.equate(inner, coarse[:, 2])
         self.equate(outer, fine[:, 1])
         return True
-
-    @staticmethod
-    def _news(
-        table: np.ndarray,
-        whole: np.ndarray,
-        right: np.ndarray,
-        size: np.ndarray,
-        left_whole: np.ndarray,
-        left: np.ndarray,
-        ratio: np.ndarray,
-    ) -> np.ndarray:
-        """Which rows lack a known pair ``whole = ⟨·, right; size⟩`` or ``left_whole = ⟨left, ·; ratio⟩``."""
-        known_right = set(zip(table[:, 0].tolist(), table[:, 2].tolist(), table[:, 3].tolist(), strict=True))
-        known_left = set(zip(table[:, 0].tolist(), table[:, 1].tolist(), table[:, 3].tolist(), strict=True))
-        return np.array(
-            [
-                (w, r, s) not in known_right or (lw, le, ra) not in known_left
-                for w, r, s, lw, le, ra in zip(
-                    whole.tolist(),
-                    right.tolist(),
-                    size.tolist(),
-                    left_whole.tolist(),
-                    left.tolist(),
-                    ratio.tolist(),
-                    strict=True,
-                )
-            ],
-            dtype=bool,
-        )
 
     # -- reading the result ----------------------------------------------------------------------
 

@@ -46,11 +46,26 @@ def rule_pointwise(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) ->
         # The sum of two activations may be a residual connection; with a parameter it is a bias.
         if left.source is None and right.source is None and left.learned and right.learned and dims:
             trace.record("added", dims[-1])
+    gates = (
+        func.overloadpacket in (aten.mul, aten.mul_)
+        and len(operands) == 2
+        and all(
+            trace.info(t).from_tokens and trace.info(t).source is None and t.shape == out.shape
+            for t in operands
+        )
+    )
+    if dims and (gates or func.overloadpacket in NONLINEAR):
+        trace.record("bent", dims[-1])
     return dims
 
 
 def rule_creation(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return [ANY if size > 1 else None for size in out.shape]
+
+
+def rule_empty(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    """Memory to be written piece by piece: labels of its own, which each piece written equates."""
+    return [trace.store.fresh(size) if size > 1 else None for size in out.shape]
 
 
 def rule_counting(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -65,15 +80,23 @@ def _product(trace: Trace, left: torch.Tensor, right: torch.Tensor) -> list[Dim]
     for k in range(left.dim() - 2):
         batch.append(trace.unify([a.dims[k], b.dims[k]], "multiplied, head by head, with"))
     activations = a.source is None and b.source is None and a.learned and b.learned
+    if not (a.quiet or b.quiet):
+        trace.block(contracted, f"{LOUD} ({trace.where()})")
     if activations:
         trace.record("batched", *batch)
         trace.record("attended", contracted)
-        trace.record("mixed", a.dims[-2], b.dims[-1])
+        for side in (a.dims[-2], b.dims[-1]):
+            trace.record("slot" if _repeats(side) else "mixed", side)
     else:
         if a.source is not None or b.source is not None:
             trace.record("read", contracted)
             trace.record("written", a.dims[-2] if a.source else b.dims[-1])
     return [*batch, a.dims[-2], b.dims[-1]]
+
+
+def _repeats(dim: Dim) -> bool:
+    """True for labels merged with the sequence: what queries have besides their position."""
+    return isinstance(dim, np.ndarray) and len(np.unique(dim)) < len(dim)
 
 
 def rule_product(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -90,7 +113,10 @@ def rule_product(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
 
 def rule_linear(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x, w = trace.info(args[0]), trace.info(args[1])
-    trace.record("read", trace.unify([x.dims[-1], w.dims[1]], "contracted with"))
+    contracted = trace.unify([x.dims[-1], w.dims[1]], "contracted with")
+    if not (x.quiet or w.quiet):
+        trace.block(contracted, f"{LOUD} ({trace.where()})")
+    trace.record("read", contracted)
     trace.record("written", w.dims[0])
     result = w.dims[0]
     if len(args) > 2 and args[2] is not None:
@@ -127,7 +153,7 @@ def rule_average(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
     dims = trace.dims(args[0])
     gone = _reduced(args, kwargs, len(dims))
     for k in gone:
-        trace.record("normed", dims[k])
+        trace.record("normed", dims[k], axis=k - len(dims))
     outs = out if isinstance(out, (list, tuple)) else [out]
     results = [_drop(dims, gone, t.dim()) for t in outs]
     return results if isinstance(out, (list, tuple)) else results[0]
@@ -136,22 +162,39 @@ def rule_average(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
 def rule_sum(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = trace.dims(args[0])
     gone = _reduced(args, kwargs, len(dims))
-    for k in gone:
-        trace.record("summed", dims[k])
+    if not trace.info(args[0]).quiet:
+        for k in gone:
+            trace.block(dims[k], f"{LOUD} ({trace.where()})")
     return _drop(dims, gone, out.dim())
 
 
 def rule_compete(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """softmax, cumsum, top-k, sort, argmax: along the dimension, indices compete or have an order."""
+    """softmax, cumsum, top-k, sort, argmax: along the dimension, indices compete or have an order.
+
+    Experts compete too, but what looks them up by the indices that top-k returned works as well with
+    fewer of them: softmax and top-k only block where nothing is chosen.
+    """
+    packet = func.overloadpacket
+    if not args[0].dim():
+        return [[] for _ in out] if isinstance(out, (list, tuple)) else []
     dims = trace.dims(args[0])
-    if func.overloadpacket in (aten.topk, aten.kthvalue):
-        dim = args[2] if len(args) > 2 else -1
+    if packet in (aten.topk, aten.kthvalue):
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
     else:
         dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
     dim = -1 if dim is None else dim
-    trace.block(dims[dim], f"its indices compete or have an order ({trace.where()})")
+    reason = f"its indices compete or have an order ({trace.where()})"
+    rivals = dims[dim]
+    if isinstance(rivals, np.ndarray) and packet in CHOOSING:
+        trace.rivals.append((rivals, reason))
+        trace.record("competed", rivals, axis=dim % len(dims) - len(dims))
+        if packet is aten.topk:
+            trace.floors.append((rivals, int(args[1])))
+    else:
+        trace.block(rivals, reason)
     rest = list(dims)
-    rest[dim] = None
+    if packet not in CHOOSING or packet is aten.topk:
+        rest[dim] = None
     outs = out if isinstance(out, (list, tuple)) else [out]
     short = [d for k, d in enumerate(rest) if k != dim % len(rest)]
     results = [rest if t.dim() == len(rest) else short for t in outs]
@@ -164,7 +207,7 @@ def rule_layer_norm(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -
     for k in range(1, len(shape) + 1):
         for extra in tensors_of(args[2:4]):
             dims[-k] = trace.unify([dims[-k], trace.dims(extra)[-k]], "scaled by")
-        trace.record("normed", dims[-k])
+        trace.record("normed", dims[-k], axis=-k)
     outs = out if isinstance(out, (list, tuple)) else [out]
     rest = [[None] * t.dim() for t in outs[1:]]
     return [dims, *rest] if isinstance(out, (list, tuple)) else dims
@@ -186,14 +229,24 @@ def rule_lookup(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> An
     if func.overloadpacket is aten.index:
         looked = [k for k, index in enumerate(args[1]) if index is not None]
         for k in looked:
-            trace.block(dims[k], f"looked up by an index the code computes ({trace.where()})")
+            _look_up(trace, dims[k], args[1][k])
         spread = max(args[1][k].dim() for k in looked)
         rest = [dim for k, dim in enumerate(dims) if k not in looked]
         at = looked[0] if looked == list(range(looked[0], looked[0] + len(looked))) else 0
         return [*rest[:at], *([None] * spread), *rest[at:]]
     dim = args[1] % len(dims)
-    trace.block(dims[dim], f"looked up by an index the code computes ({trace.where()})")
+    _look_up(trace, dims[dim], args[2])
     return [None if k == dim else d for k, d in enumerate(dims)]
+
+
+def _look_up(trace: Trace, dim: Dim, index: torch.Tensor) -> None:
+    """Indices that top-k chose from a labelled dimension mean that dimension; any others are constants."""
+    points = trace.info(index).points
+    if isinstance(points, np.ndarray) and isinstance(dim, np.ndarray) and len(points) == len(dim):
+        trace.equate(points, dim)
+        trace.record("chosen", dim)
+    else:
+        trace.block(dim, f"looked up by an index the code computes ({trace.where()})")
 
 
 def rule_scatter(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -212,8 +265,12 @@ def rule_scatter(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
         return dims
     dim = args[1] % len(dims)
     source = next((t for t in reversed(args) if isinstance(t, torch.Tensor)), None)
+    points = trace.info(args[2]).points if isinstance(args[2], torch.Tensor) else None
     for k in range(len(dims)):
-        if k == dim:
+        if k == dim and isinstance(points, np.ndarray) and len(points) == args[0].shape[k]:
+            dims[k] = trace.unify([d for d in (dims[k], points) if isinstance(d, np.ndarray)], "written at")
+            trace.record("chosen", points)
+        elif k == dim:
             trace.block(dims[k], f"written by an index the code computes ({trace.where()})")
             dims[k] = None
         elif source is not None and source.dim() == len(dims) and source.shape[k] == args[0].shape[k] > 1:
@@ -245,6 +302,37 @@ def _all(names: str, rule: Callable) -> dict[Any, Callable]:
     return {getattr(aten, name): rule for name in names.split() if hasattr(aten, name)}
 
 
+NONLINEAR = {
+    getattr(aten, name)
+    for plain in [
+        "relu",
+        "silu",
+        "gelu",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "mish",
+        "hardswish",
+        "hardtanh",
+        "hardsigmoid",
+        "relu6",
+        "softplus",
+        "log_sigmoid_forward",
+        "log_sigmoid",
+        "square",
+        "abs",
+        "clamp",
+        "clamp_min",
+    ]
+    for name in (plain, f"{plain}_")
+    if hasattr(aten, name)
+}
+LOUD = "summed over after an operation that turns its zeros into something else"
+CHOOSING = {aten._softmax, aten._safe_softmax, aten._log_softmax, aten.softmax, aten.topk}
 POINTWISE = """add sub rsub mul div neg abs exp exp2 expm1 log log1p log2 sqrt rsqrt pow reciprocal sigmoid
     tanh relu silu gelu leaky_relu elu softplus mish hardtanh hardswish hardsigmoid relu6 clamp clamp_min
     clamp_max minimum maximum where masked_fill sin cos tan erf floor ceil round trunc sign fmod remainder
@@ -260,10 +348,11 @@ RULES = {
     **_all(" ".join(f"{name}_" for name in POINTWISE.split()), rule_pointwise),
     **_all(SAME, rule_same),
     **_all(
-        "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
-        "new_empty scalar_tensor empty_strided new_empty_strided zero_ fill_",
+        "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor",
         rule_creation,
     ),
+    **_all("empty empty_like new_empty empty_strided new_empty_strided", rule_empty),
+    **_all("zero_ fill_", rule_same),
     **_all(
         "arange linspace rand randn rand_like randn_like randint one_hot eye bucketize searchsorted "
         "tril_indices triu_indices",

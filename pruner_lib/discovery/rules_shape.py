@@ -140,6 +140,7 @@ def rule_slice(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any
         start, end = (args[2] if len(args) > 2 else None), (args[3] if len(args) > 3 else None)
         step = args[4] if len(args) > 4 else 1
         dims[dim] = piece[slice(start, end, step)]
+        _lone(trace, dims[dim], len(piece))
     return dims
 
 
@@ -154,6 +155,7 @@ def rule_narrow_many(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) 
         whole = dims[dim]
         if isinstance(whole, np.ndarray):
             one[dim] = whole[start : start + size]
+            _lone(trace, one[dim], len(whole))
         start += size
         results.append(one)
     return results
@@ -161,6 +163,12 @@ def rule_narrow_many(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) 
 
 def _selected(trace: Trace, dim: Dim) -> None:
     trace.block(dim, f"indices picked one by one in the code ({trace.where()})")
+
+
+def _lone(trace: Trace, piece: Dim, whole: int) -> None:
+    """A slice of one index drops its label with the dimension; the code means just that index."""
+    if isinstance(piece, np.ndarray) and len(piece) == 1 < whole:
+        _selected(trace, piece)
 
 
 def rule_select(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:

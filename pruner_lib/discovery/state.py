@@ -34,6 +34,8 @@ class Info:
     source: str | None = None  # the parameter or buffer this is a view of
     from_tokens: bool = False  # computed from the token ids
     learned: bool = False  # computed from at least one parameter
+    quiet: bool = True  # zero wherever a labelled index has been zeroed in the parameters
+    points: Dim = None  # labels of the dimension that its values, chosen by top-k, are indices of
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Event:
     labels: Terms
     module: str
     operator: str
+    axis: int = -1  # the dimension it was, counted from the end
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,9 @@ class Trace:
     keep: list[torch.Tensor] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     blocks: list[tuple[Terms, str]] = field(default_factory=list)
+    rivals: list[tuple[Terms, str]] = field(default_factory=list)  # blocked unless top-k chooses among them
+    floors: list[tuple[Terms, int]] = field(default_factory=list)  # how many of them top-k takes
+    factors: list[tuple[str, str, float]] = field(default_factory=list)  # numbers written into the code
     without_rule: dict[str, set[str]] = field(default_factory=dict)
     equations: list[Equation] | None = None
     used: dict[str, int] = field(default_factory=dict)  # parameters in the order of their first use
@@ -92,10 +98,10 @@ class Trace:
         if news and self.equations is not None:
             self.equations.append(Equation(left.copy(), right.copy(), self.operator, self.module))
 
-    def record(self, role: str, *dims: Dim) -> None:
+    def record(self, role: str, *dims: Dim, axis: int = -1) -> None:
         for dim in dims:
             if isinstance(dim, np.ndarray):
-                self.events.append(Event(role, dim, self.module, self.operator))
+                self.events.append(Event(role, dim, self.module, self.operator, axis))
 
     def block(self, dim: Dim, reason: str) -> None:
         if isinstance(dim, np.ndarray):

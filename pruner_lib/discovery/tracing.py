@@ -11,18 +11,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import rules_math, rules_shape
+from . import quietness, rules_math, rules_shape
 from .state import Dim, Info, Trace
 
 RULES: dict[Any, Callable] = {**rules_math.RULES, **rules_shape.RULES}
+aten = torch.ops.aten
+PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
+NUMERIC = {getattr(aten, name + end) for name in ("add", "sub", "mul", "div", "pow") for end in ("", "_")}
+LOOKUPS = (aten.index, aten.index_select)
 SEQUENCE = 5  # tokens of the symbolic run; small, and rarely the size of anything else
 VIEWS = set(rules_shape.RULES) | {k for k, rule in rules_math.RULES.items() if rule is rules_math.rule_same}
 
 
 class DiscoveryError(RuntimeError):
     """The model could not be run symbolically; the message says what to do."""
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise where weights are packed whole numbers: their rows and columns are not those of a matrix."""
+    kept = model.state_dict(keep_vars=True)
+    for name, tensor in kept.items():
+        packed = isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.dtype in PACKED
+        if packed and (isinstance(tensor, nn.Parameter) or tensor.dtype is not torch.uint8):
+            raise DiscoveryError(
+                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: this model is quantised. "
+                "Load the model unquantised (dtype='bfloat16' for example), prune it, quantise the result"
+            )
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -43,6 +60,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             getattr(module, hooks).clear()
+    for module in copied.modules():  # layers of different widths hold configurations of their own
+        config = vars(module).get("config")
+        if getattr(config, "_experts_implementation_internal", None) is not None:
+            # The one way through the experts that asks for no values.
+            vars(config)["_experts_implementation_internal"] = "batched_mm"
     return copied.eval()
 
 
@@ -74,14 +96,59 @@ class LabelMode(TorchDispatchMode):
         for info in infos:
             if info.source is not None:
                 trace.used.setdefault(info.source, len(trace.used))
-        source = infos[0].source if infos and packet in VIEWS else None
-        tokens = any(info.from_tokens for info in infos)
-        learned = any(info.learned for info in infos)
+        _note_factors(trace, packet, args, infos)
+        written = outs[0] if args and outs[0] is args[0] else None
         for tensor, labels in zip(outs, dims, strict=False):
             if isinstance(tensor, torch.Tensor):
                 labels = [None if size == 1 else dim for dim, size in zip(labels, tensor.shape, strict=True)]
-                trace.set(tensor, Info(labels, source, tokens, learned))
+                trace.set(tensor, _info(packet, args, infos, labels))
+        if packet is aten.topk:
+            trace.info(outs[1]).points = _chosen_from(trace, args, kwargs)
+        if written is not None:
+            _write_through(trace, written)
         return out
+
+
+def _info(packet: Any, args: Any, infos: list[Info], labels: list[Dim]) -> Info:
+    """What is known of a result: its labels, and what follows from the operands."""
+    seen = packet in VIEWS
+    first = infos[0] if infos else Info([])
+    # The rows of a weight that chosen experts look up are still a weight.
+    chosen = packet in LOOKUPS and any(isinstance(info.points, np.ndarray) for info in infos[1:])
+    return Info(
+        labels,
+        source=first.source if seen or chosen else None,
+        from_tokens=any(info.from_tokens for info in infos),
+        learned=any(info.learned for info in infos),
+        quiet=quietness.result_is_quiet(packet, args, infos, labels),
+        points=first.points if seen else None,
+    )
+
+
+def _chosen_from(trace: Trace, args: Any, kwargs: Any) -> Dim:
+    return trace.dims(args[0])[args[2] if len(args) > 2 else kwargs.get("dim", -1)]
+
+
+def _note_factors(trace: Trace, packet: Any, args: Any, infos: list[Info]) -> None:
+    """Numbers that the code multiplies or adds to something learned; a cut must not change them."""
+    if packet in NUMERIC and any(info.learned for info in infos):
+        for value in args[1:]:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                trace.factors.append((trace.module, trace.operator, float(value)))
+
+
+def _write_through(trace: Trace, view: torch.Tensor) -> None:
+    """An operator wrote into a view: what is known of the whole tensor follows."""
+    base = view._base
+    if base is None or id(base) not in trace.infos:
+        return
+    whole, part = trace.info(base), trace.info(view)
+    whole.learned |= part.learned
+    whole.from_tokens |= part.from_tokens
+    whole.quiet &= part.quiet
+    if not any(isinstance(dim, np.ndarray) for dim in whole.dims):
+        for dim in part.dims:
+            trace.block(dim, f"written into a part of a constant tensor ({trace.where()})")
 
 
 def label_parameters(trace: Trace, model: nn.Module) -> dict[str, list[Dim]]:
@@ -91,9 +158,12 @@ def label_parameters(trace: Trace, model: nn.Module) -> dict[str, list[Dim]]:
     for name, parameter in model.named_parameters():
         parameters.add(name)
         labels[name] = _label(trace, name, parameter, learned=True)
+    kept = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
         labels[name] = _label(trace, name, buffer, learned=False)
-    kept = model.state_dict(keep_vars=True)
+        if buffer.dtype is torch.bool and name not in kept:  # a mask over positions, never cut
+            labels[name] = [None] * buffer.dim()
+            trace.set(buffer, Info(list(labels[name]), source=name))
     for name, dims in labels.items():
         if name not in parameters and name not in kept:
             for dim in dims:
@@ -105,6 +175,41 @@ def _label(trace: Trace, name: str, tensor: torch.Tensor, *, learned: bool) -> l
     dims: list[Dim] = [trace.store.fresh(size) if size > 1 else None for size in tensor.shape]
     trace.set(tensor, Info(dims, source=name, learned=learned))
     return dims
+
+
+class Spelling(TorchFunctionMode):
+    """Sees what the code wrote before torch turns it into operators.
+
+    ``x[..., [-2], :]`` reaches the operators as an index tensor of unknown values; written as a slice it
+    means the same. Attention without ``scale`` computes it from the number of channels.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            return func(args[0], tuple(map(_as_slice, args[1])) if _is_lone(args[1]) else args[1])
+        if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+            query = args[0] if args else kwargs["query"]
+            reason = "the softmax scale is computed from their number (scaled_dot_product_attention)"
+            self.trace.block(self.trace.dims(query)[-1], reason)
+        return func(*args, **kwargs)
+
+
+def _is_lone(index: tuple[Any, ...]) -> bool:
+    """True for an index of slices and one list of one number, which keeps its place."""
+    lists = [i for i in index if isinstance(i, list)]
+    plain = all(i is None or i is Ellipsis or isinstance(i, (slice, list)) for i in index)
+    return plain and len(lists) == 1 and len(lists[0]) == 1 and isinstance(lists[0][0], int)
+
+
+def _as_slice(index: Any) -> Any:
+    if not isinstance(index, list):
+        return index
+    return slice(index[0], index[0] + 1 or None)
 
 
 @contextmanager
@@ -178,7 +283,13 @@ def run(
                 tokens = integer and value is next(iter(way.values()))
                 trace.set(value, Info([None] * value.dim(), from_tokens=tokens))
         try:
-            with torch.no_grad(), torch.device("meta"), module_paths(trace, model), LabelMode(trace):
+            with (
+                torch.no_grad(),
+                torch.device("meta"),
+                module_paths(trace, model),
+                LabelMode(trace),
+                Spelling(trace),
+            ):
                 out = model(**way)
         except Exception as error:
             failures.append(f"with {', '.join(way)}: {type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from pruner_lib.pruning.ratios import Profile, layer_of, role_of
 from pruner_lib.pruning.slicing import SHAPE_NAMES
 
+NO_WIDTH = SHAPE_NAMES | {"num_hidden_layers"}
 _MAX_CHANGES = 4  # numbers scaled together
 _MAX_TRIES = 400  # checks made before giving up
 
@@ -119,13 +120,13 @@ def _sites(model: nn.Module, profile: Profile, num_layers: int) -> Iterator[Site
             if holder is None or (in_config and not isinstance(holder, PreTrainedConfig)):
                 continue
             for attribute, position, value in _numbers(holder):
-                if profile.explains(value) and profile.scaled(value, layer) is not None:
+                if profile.explains(value) and all(profile.scaled(value, k) for k in profile.layers):
                     yield Site(role_of(name), attribute, position, in_config, profile)
 
 
 def _numbers(holder: Any) -> Iterator[tuple[str, int | None, int]]:
     for attribute, value in vars(holder).items():
-        if attribute.startswith("_") or attribute in SHAPE_NAMES or attribute.endswith("_token_id"):
+        if attribute.startswith("_") or attribute in NO_WIDTH or attribute.endswith("_token_id"):
             continue
         items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
         for position, item in items:

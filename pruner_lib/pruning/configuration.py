@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from pruner_lib.pruning.layer_config import MARK, enable_per_layer_config, mark_config
+from pruner_lib.pruning.layer_config import IMPLEMENTATIONS, MARK, enable_per_layer_config, mark_config
 from pruner_lib.pruning.ratios import Profile, profiles
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class _Search:
         config = _with_widths(self.config, widths)
         if config is None:
             return None
-        config._attn_implementation_internal = self.config._attn_implementation_internal
+        for chosen in IMPLEMENTATIONS:
+            setattr(config, chosen, getattr(self.config, chosen, None))
         model = build_empty(self.model_class, config)
         return None if model is None else Blueprint(config, model)
 
@@ -199,8 +200,10 @@ class _Search:
     def _unset(self, profile: Profile) -> Iterator[Widths]:
         """Entries that are None, where the code computes a width (GPT-2's ``n_inner``): the new width."""
         empty = [entry for entry, value in self.values[0].items() if value is None and entry[0] != "_"]
-        sizes = {layer: {self.target[name][dim] for name, dim in profile.places if f".{layer}." in f".{name}"}
-                 for layer in profile.layers}
+        sizes = {
+            layer: {self.target[name][dim] for name, dim in profile.places if f".{layer}." in f".{name}"}
+            for layer in profile.layers
+        }
         if any(len(found) != 1 for found in sizes.values()):
             return
         for entry in empty:

@@ -21,6 +21,8 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 MARK = "pruner_lib"
+# How attention and experts are computed: transformers' choices for a model, kept in every configuration.
+IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 _WRAPPED = "_wrapped_by_pruner_lib"
 _LAYER_ARGUMENTS = ("layer_idx", "layer_id", "layer_number")
 
@@ -44,7 +46,8 @@ def enable_per_layer_config() -> None:
     if getattr(PreTrainedModel.__init__, _WRAPPED, False):
         return
     _patch(PreTrainedModel, "__init__", _model_init)
-    _patch(PreTrainedModel, "set_attn_implementation", _set_attention)
+    _patch(PreTrainedModel, "set_attn_implementation", _set_everywhere)
+    _patch(PreTrainedModel, "set_experts_implementation", _set_everywhere)
     original = vars(PreTrainedConfig)["from_dict"].__func__
 
     @functools.wraps(original)
@@ -72,18 +75,19 @@ def _model_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _set_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    def set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _set_everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if is_marked(self.config):
             # Each layer holds its own copy of the configuration, which must not keep the old choice.
             for module in self.modules():
                 config = module.__dict__.get("config")
                 if config is not None and is_marked(config):
-                    config._attn_implementation_internal = self.config._attn_implementation_internal
+                    for chosen in IMPLEMENTATIONS:
+                        setattr(config, chosen, getattr(self.config, chosen, None))
         return result
 
-    return set_attn_implementation
+    return set_implementation
 
 
 def _wrap_layer_classes(model_class: type) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -71,6 +71,7 @@ def profiles(plan: PruningPlan, num_layers: int) -> tuple[Profile, ...]:
     Returns:
         One profile per distinct pattern of fractions, in the order of the plan's parameters.
     """
+    num_layers = max(num_layers, 1)  # a module without a list of layers counts as one
     old, new = plan.dependencies.shapes, plan.new_shapes()
     roles: dict[tuple[str, int], dict[int | None, Fraction]] = {}
     places: dict[tuple[str, int], set[tuple[str, int]]] = {}
@@ -86,7 +87,7 @@ def profiles(plan: PruningPlan, num_layers: int) -> tuple[Profile, ...]:
         fractions = tuple(by_layer.get(layer, everywhere) for layer in range(num_layers))
         merged.setdefault(fractions, set()).update(places[role])
     groups = _groups(plan)
-    return tuple(
+    of_places = tuple(
         Profile(
             fractions,
             frozenset(found),
@@ -95,6 +96,26 @@ def profiles(plan: PruningPlan, num_layers: int) -> tuple[Profile, ...]:
         )
         for fractions, found in merged.items()
     )
+    return of_places + _of_families(plan, num_layers, merged.keys())
+
+
+def _of_families(
+    plan: PruningPlan, num_layers: int, known: Collection[tuple[Fraction, ...]]
+) -> tuple[Profile, ...]:
+    """Profiles of families that shrink as none of their dimensions does: 6 of 10 channels of a head."""
+    by_kind: dict[tuple[str, int], list[str]] = {}
+    families = {family.name: family for family in plan.dependencies.families}
+    for name in plan.removal:
+        by_kind.setdefault((families[name].kind, families[name].size), []).append(name)
+    found = []
+    for (_, size), names in by_kind.items():
+        kept = {families[name].layer: Fraction(plan.kept_sizes[name], size) for name in names}
+        everywhere = kept.get(None, Fraction(1))
+        fractions = tuple(kept.get(layer, everywhere) for layer in range(num_layers))
+        places = frozenset((piece.parameter, piece.dim) for name in names for piece in families[name].slices)
+        if fractions not in known:
+            found.append(Profile(fractions, places, frozenset({size}), frozenset({size})))
+    return tuple(found)
 
 
 def _groups(plan: PruningPlan) -> Mapping[tuple[str, int], set[int]]:

@@ -57,6 +57,11 @@ def _checked_groups(family: GroupFamily, groups: Iterable[int]) -> tuple[int, ..
             f"{family.name} has no group {outside[0]}: it has {family.size} groups, counted from 0 to "
             f"{family.size - 1}"
         )
+    if family.size - len(indices) < family.at_least > 1:
+        raise ValueError(
+            f"{family.name}: {family.size - len(indices)} of {family.size} groups would stay, but the router "
+            f"chooses {family.at_least} for every token; remove at most {family.size - family.at_least}"
+        )
     if len(indices) == family.size:
         raise ValueError(
             f"{family.name}: all {family.size} groups would go; at least one must stay. "
@@ -81,7 +86,8 @@ def _check_parts(
         counts = zip(parts[stays].tolist(), kept.tolist(), strict=True)
         listed = ", ".join(f"{part}: {left}" for part, left in counts)
         raise ValueError(
-            f"{family.name}: every KV group must keep the same number of query heads, at least one; "
+            f"{family.name}: every {'KV group' if family.kind == 'query_head' else 'part'} must keep the "
+            f"same number of {family.kind.replace('_', ' ')}s, at least one; "
             f"this removal leaves {{{listed}}}. Remove as many from each"
         )
 
@@ -92,6 +98,7 @@ def _removed_parts(
     """KV groups that the same removal takes away whole, with all their query heads."""
     for name, groups in checked.items():
         other = families[name]
-        if other.kind == "attention_head" and other.layer == family.layer:
+        whole = {"query_head": "attention_head"}.get(family.kind, family.kind)
+        if other.partition is None and other.kind == whole and other.layer == family.layer:
             return groups
     return ()
