@@ -158,7 +158,8 @@ def _write(folder: Path, state: Any, tensors: Mapping[str, Tensor], document: Ma
     target = folder / f"checkpoint-{state.global_step}"
     part = Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
     try:
-        save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, part / _TENSORS)
+        owned = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
+        save_file(owned, part / _TENSORS)
         (part / _STATE).write_text(json.dumps(document), encoding="utf-8")
         state.save_to_json(str(part / _TRAINER))
         for path in part.iterdir():
@@ -193,7 +194,7 @@ def find_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Restored | Non
     found = _found(folder)
     if not found:
         return None
-    step, place = found[-1]
+    _, place = found[-1]
     try:
         document = json.loads((place / _STATE).read_text(encoding="utf-8"))
         tensors = load_file(place / _TENSORS)

@@ -194,8 +194,8 @@ def format_chat(
             )
             if not text.startswith(written):
                 raise RecoveryError(
-                    f"the chat template rewrites earlier turns of example {number} when a later one follows, so "
-                    "what the assistant said cannot be told apart; split the conversation"
+                    f"the chat template rewrites earlier turns of example {number} when a later one follows, "
+                    "so what the assistant said cannot be told apart; split the conversation"
                 )
             piece = _encode(tokenizer, text[len(written) :])
             ids += piece
@@ -207,12 +207,13 @@ def format_chat(
 
 def _checked_messages(messages: Any, number: int) -> list[dict[str, str]]:
     well_formed = isinstance(messages, Sequence) and all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
         for turn in messages
     )
     if not well_formed or not messages:
         raise RecoveryError(
-            f"example {number}: messages must be a list of {{'role': …, 'content': …}}, got {_shorten(messages)}"
+            f"example {number}: messages must be a list of {{'role': …, 'content': …}}, got "
+            f"{_shorten(messages)}"
         )
     said = [turn for turn in messages if turn["role"] == "assistant"]
     if not said or not all(turn["content"].strip() for turn in said):

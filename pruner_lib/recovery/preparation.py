@@ -71,7 +71,8 @@ def check_against(model: nn.Module, examples: Sequence[Example]) -> None:
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context is not None and longest > context:
         raise RecoveryError(
-            f"the longest sequence has {longest} tokens, beyond the model's context of {context}; lower seq_len"
+            f"the longest sequence has {longest} tokens, beyond the model's context of {context}; lower "
+            "seq_len"
         )
 
 

@@ -108,7 +108,8 @@ class Recorder(TrainerCallback):
         self.num_tokens = 0
         self.best: dict[str, Tensor] = {}
         self.lowest = math.inf
-        self._parameters, self._held_out, self._on_step, self._teacher = parameters, held_out, on_step, teacher
+        self._parameters, self._held_out = parameters, held_out
+        self._on_step, self._teacher = on_step, teacher
         self._every = _HEAVY_EVERY if share > _HEAVY else 1
         self._sums = torch.zeros(5, dtype=torch.float64)
         self._now: list[float] = []
@@ -125,7 +126,7 @@ class Recorder(TrainerCallback):
             self._look(args, 0, kwargs["model"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the step's loss. The weights that gave it are still in place: keep them if it is the lowest."""
+        """Close the step's loss. The weights that gave it are still there: keep them if it is the lowest."""
         *sums, count = add_up(self._sums).tolist()
         self._sums.zero_()
         self._now = [value / count for value in sums]
@@ -198,7 +199,7 @@ class Recorder(TrainerCallback):
         self.history = list(state["history"])
         self.held_out_history = [(step, value) for step, value in state["held_out"]]
         self.num_tokens, self.lowest = state["num_tokens"], state["lowest"]
-        self.best = {name: best[name].to(parameter.device) for name, parameter in self._parameters.items() if best}
+        self.best = {name: value.to(self._parameters[name].device) for name, value in best.items()}
 
 
 class Progress(TrainerCallback):

@@ -223,7 +223,7 @@ def _train(
             return problem
         finally:
             if settings.gradient_checkpointing:
-                engine.model.gradient_checkpointing_disable()
+                trained.gradient_checkpointing_disable()  # type: ignore[operator]
     # The last step's weights have not met a loss yet.
     finite = all(bool(torch.isfinite(p).all()) for p in trainable.values())
     return None if finite else LossIsNotFinite()
@@ -249,17 +249,17 @@ def _explain(problem: Exception, result: RecoveryResult, run: _Run) -> RecoveryE
     where = "" if result.adapter_path is None else f" and its adapter in {result.adapter_path}"
     if isinstance(problem, CannotWriteCheckpoint):
         message = (
-            f"the checkpoint of step {done} could not be written in {run.folder}: {problem}. Training stopped; "
-            f"the state it had reached is kept in this error's .result{where}, and an earlier checkpoint is "
-            "still whole. Free some space and run again with resume=True"
+            f"the checkpoint of step {done} could not be written in {run.folder}: {problem}. Training "
+            f"stopped; the state it had reached is kept in this error's .result{where}, and an "
+            "earlier checkpoint is still whole. Free some space and run again with resume=True"
         )
         return CheckpointWriteError(message, done, result)
     finite = [loss for loss in result.losses if math.isfinite(loss)]
     step = done if done == settings.num_steps(len(run.examples)) else done + 1
-    kept = f"the state of lowest loss ({min(finite):.3f}) is" if finite else "the model as it was given is"
+    kept = f"the state of lowest loss ({min(finite):.3f})" if finite else "the model as it was given"
     message = (
-        f"the loss is not finite at step {step}: training stopped; {kept} kept in this error's .result{where}. "
-        f"Lower learning_rate (now {settings.learning_rate:g}) or max_grad_norm (now "
+        f"the loss is not finite at step {step}: training stopped; {kept} is kept in this error's "
+        f".result{where}. Lower learning_rate (now {settings.learning_rate:g}) or max_grad_norm (now "
         f"{settings.max_grad_norm:g}), raise warmup_steps, or hold the weights in float32 or bfloat16"
     )
     return NonFiniteLossError(message, step, result)

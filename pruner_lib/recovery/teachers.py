@@ -241,7 +241,9 @@ def output_size(model: nn.Module) -> int:
     if weight is None:
         weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     if weight is None:
-        raise RecoveryError(f"{type(model).__name__} has neither output head nor embedding to tell its vocabulary")
+        raise RecoveryError(
+            f"{type(model).__name__} has neither output head nor embedding to tell its vocabulary by"
+        )
     return int(weight.shape[0])
 
 
@@ -294,7 +296,9 @@ def _check_file(
     teacher: TeacherLogits, examples: Sequence[Example], settings: RecoverySettings, hidden: bool
 ) -> None:
     if hidden:
-        raise RecoveryError("precomputed logits hold no hidden states; set hidden_weight to 0 or give the model")
+        raise RecoveryError(
+            "precomputed logits hold no hidden states; set hidden_weight to 0 or give the model as teacher"
+        )
     if teacher.examples_digest != digest(examples):
         raise RecoveryError(
             f"{teacher.path} was made for other examples; give the data, tokenizer, seq_len, template and "

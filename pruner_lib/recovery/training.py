@@ -102,7 +102,8 @@ def _per_process(settings: RecoverySettings, processes: int) -> int:
     """Sequences that each process runs at once: micro_batch, or less where its share is less."""
     if settings.batch_size % processes:
         raise RecoveryError(
-            f"batch_size {settings.batch_size} cannot be dealt out to {processes} processes; make it a multiple"
+            f"batch_size {settings.batch_size} cannot be dealt out to {processes} processes; make it a "
+            "multiple of their number"
         )
     share = settings.batch_size // processes
     return next(size for size in range(min(settings.micro_batch, share), 0, -1) if share % size == 0)
