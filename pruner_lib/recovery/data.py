@@ -81,9 +81,7 @@ def make_examples(
     items: list[Any] = list(data)
     if all(isinstance(item.get("text"), str) for item in items):
         return _windows(_joined_rows(tokenizer, items), seq_len)
-    examples = [
-        _format(tokenizer, item, template, seq_len=seq_len, number=i) for i, item in enumerate(items)
-    ]
+    examples = [_format(tokenizer, item, template, seq_len=seq_len, number=i) for i, item in enumerate(items)]
     usable = [example for example in examples if example.num_predicted]
     if not usable:
         raise RecoveryError(

@@ -252,4 +252,3 @@ class _Order(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._order)
-
