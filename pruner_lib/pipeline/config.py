@@ -45,7 +45,7 @@ kinds = ["mlp_neuron"]
 compensate = false                      # true: refit the layers that read what was cut
 
 [recover]
-data = "self-generated"                 # or "alpaca", a .jsonl file, or a text such as "c4" (split: "c4:train")
+data = "self-generated"                 # or "alpaca", a .jsonl file, or a text such as "c4:train"
 teacher = "dense"                       # leave out to learn from the text alone
 held_out = "c4:validation"              # perplexity while training; the best state is kept
 paper = false                           # true: start from the paper's settings

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pruner_lib import evaluation
 from pruner_lib.assets import TEXT_SOURCES, load_calibration, load_model, load_text
 from pruner_lib.checkpoint import load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, discover
@@ -60,7 +61,7 @@ def run_pipeline(
         ValueError, AssetError: what the stages themselves refuse.
     """
     rank = int(os.environ.get("RANK", "0"))
-    run = _Run(config, report if rank == 0 else lambda line: None)
+    run = _Run(config, fresh)
     if rank:
         run.join()
         return config.output
@@ -81,8 +82,8 @@ def run_pipeline(
 class _Run:
     """The stages as methods; what one needs of an earlier one is in memory or read from its files."""
 
-    def __init__(self, config: PipelineConfig, report: Callable[[str], object]) -> None:
-        self._config, self._folder, self._report = config, config.output, report
+    def __init__(self, config: PipelineConfig, fresh: bool) -> None:
+        self._config, self._folder, self._fresh = config, config.output, fresh
         self._made: dict[str, Any] = {}
 
     def stages(self) -> list[str]:
@@ -187,6 +188,8 @@ class _Run:
     def recover(self) -> str:
         given = self._config.table("recover")
         settings = self._config.recovery_settings()
+        # A folder of its own for each configuration: another one's checkpoints stay whole beside it.
+        folder = self._folder / "recovery" / self._fingerprint("recover")[:8]
         try:
             result: RecoveryResult = recover(
                 self._model("pruned"),
@@ -195,8 +198,8 @@ class _Run:
                 settings=settings,
                 teacher=self._loaded if given.get("teacher") else None,
                 held_out=None if given.get("held_out") is None else self._text(given["held_out"]),
-                output_dir=self._folder / "recovery",
-                resume=bool(settings.checkpoint_every),
+                output_dir=folder,
+                resume=bool(settings.checkpoint_every) and not self._fresh,
             )
         except InterruptedRecoveryError as error:
             self._save(error.result.model, "interrupted", None)
@@ -207,7 +210,7 @@ class _Run:
         if int(os.environ.get("RANK", "0")) == 0:
             self._save(result.model, "recovered", self._plan if self._config.has("plan") else None)
             lines = "".join(json.dumps(dict(record)) + "\n" for record in result.history)
-            write_whole(self._folder / "recovery" / "history.jsonl", lines)
+            write_whole(folder / "history.jsonl", lines)
         return str(result)
 
     def _data(self, source: str) -> Any:
@@ -243,12 +246,9 @@ class _Run:
         return f"written to {self._folder / 'report.md'}\n" + "\n".join(pages)
 
     def _zero_shot(self, models: dict[str, nn.Module], given: dict[str, Any]) -> str:
-        try:
-            from pruner_lib.evaluation import zero_shot
-        except ImportError as error:
-            raise PipelineError(
-                "[evaluate.zero_shot]: this version has no zero-shot tasks; leave it out"
-            ) from error
+        zero_shot = getattr(evaluation, "zero_shot", None)
+        if zero_shot is None:
+            raise PipelineError("[evaluate.zero_shot]: this version has no zero-shot tasks; leave it out")
         results = {name: zero_shot(model, self._loaded[1], **given) for name, model in models.items()}
         averages = {name: float(result.average) for name, result in results.items()}
         write_whole(self._folder / "zero_shot.json", json.dumps(averages, indent=1) + "\n")

@@ -275,19 +275,21 @@ def _require_same_base(model: nn.Module, folder: Path) -> None:
     if not note.is_file():
         return  # an adapter that PEFT alone saved
     modules = dict(model.named_modules())
-    for name, expected in json.loads(note.read_text(encoding="utf-8")).items():
-        weight = getattr(modules.get(name), "weight", None)
-        found = None if weight is None else _describe(weight)
-        problem = None
-        if found is None or found["shape"] != expected["shape"]:
-            shape = "no such layer" if found is None else found["shape"]
-            problem = f"{name} was {expected['shape']} there, here it is {shape}"
-        elif not torch.allclose(
-            torch.tensor(found["sample"]), torch.tensor(expected["sample"]), rtol=1e-2, atol=1e-6
-        ):
-            problem = f"the weights of {name} are others"
-        if problem:
-            raise RecoveryError(
-                f"the adapter in {folder} is of another model: {problem}; attach it to the pruned model "
-                "that was given to recover"
-            )
+    expected = json.loads(note.read_text(encoding="utf-8"))
+    found = {name: getattr(modules.get(name), "weight", None) for name in expected}
+    problem = next((text for name in expected if (text := _misfit(name, found[name], expected[name]))), None)
+    if problem is None:
+        noted = torch.tensor([value for entry in expected.values() for value in entry["sample"]])
+        here = torch.tensor([value for name in expected for value in _describe(found[name])["sample"]])
+        if not torch.allclose(here, noted, rtol=1e-2, atol=1e-6):
+            problem = "the shapes agree, the weights do not"
+    if problem:
+        raise RecoveryError(
+            f"the adapter in {folder} is of another model: {problem}; attach it to the pruned model "
+            "that was given to recover"
+        )
+
+
+def _misfit(name: str, weight: Tensor | None, expected: dict[str, Any]) -> str | None:
+    shape = "no such layer" if weight is None else list(weight.shape)
+    return None if shape == expected["shape"] else f"{name} was {expected['shape']} there, here it is {shape}"

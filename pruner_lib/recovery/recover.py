@@ -223,7 +223,7 @@ def _train(
             return problem
         finally:
             if settings.gradient_checkpointing:
-                trained.gradient_checkpointing_disable()  # type: ignore[operator]
+                trained.activation_checkpointing_disable()  # type: ignore[operator]
     # The last step's weights have not met a loss yet.
     finite = all(bool(torch.isfinite(p).all()) for p in trainable.values())
     return None if finite else LossIsNotFinite()
