@@ -276,7 +276,7 @@ def _require_same_base(model: nn.Module, folder: Path) -> None:
         return  # an adapter that PEFT alone saved
     modules = dict(model.named_modules())
     expected = json.loads(note.read_text(encoding="utf-8"))
-    found = {name: getattr(modules.get(name), "weight", None) for name in expected}
+    found: dict[str, Any] = {name: getattr(modules.get(name), "weight", None) for name in expected}
     problem = next((text for name in expected if (text := _misfit(name, found[name], expected[name]))), None)
     if problem is None:
         noted = torch.tensor([value for entry in expected.values() for value in entry["sample"]])
