@@ -51,7 +51,7 @@ class SpeedComparison:
         ratios = [a / b for a, b in zip(self.engine, self.bare, strict=True)]
         return (
             f"recover runs at {self.ratio:.3f} × a bare PEFT loop (from {min(ratios):.3f} to "
-            f"{max(ratios):.3f} in {len(ratios)} repeats; tokens per second, engine / bare: {', '.join(pairs)})"
+            f"{max(ratios):.3f} in {len(ratios)} repeats; tokens per second: {', '.join(pairs)})"
         )
 
 
