@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,17 @@ from pruner_lib.importance.storage import write_whole
 from pruner_lib.pipeline.config import PipelineConfig, PipelineError
 from pruner_lib.pruning import PruningPlan, plan_pruning, prune
 from pruner_lib.recovery import InterruptedRecoveryError, RecoveryResult, recover
-from pruner_lib.recovery.self_generated import default_path, generate_instructions
+from pruner_lib.recovery.self_generated import self_generated_data
 from pruner_lib.recovery.sources import load_instructions
 
-STAGES = ("discover", "score", "plan", "prune", "recover", "evaluate")
+STAGES = ("discover", "score", "plan", "prune", "data", "recover", "evaluate")
 # Tables of the file on which each stage's result depends, beside those of the stages before it.
 _DEPENDS = {
     "discover": ("model",),
     "score": ("calibration", "importance"),
     "plan": ("plan",),
     "prune": ("prune",),
+    "data": (),
     "recover": ("recover",),
     "evaluate": ("evaluate",),
 }
@@ -90,11 +92,17 @@ class _Run:
         """Those the file asks for, in order."""
         planned, wanted = self._config.has("plan"), ["discover"]
         wanted += ["score", "plan", "prune"] if planned else []
+        wanted += ["data"] if self._generates() else []
         return wanted + [stage for stage in ("recover", "evaluate") if self._config.has(stage)]
+
+    def _generates(self) -> bool:
+        return self._config.table("recover").get("data") == "self-generated"
 
     def _fingerprint(self, stage: str) -> str:
         tables = [table for s in STAGES[: STAGES.index(stage) + 1] for table in _DEPENDS[s]]
-        content = {table: self._config.table(table) for table in tables}
+        content: dict[str, Any] = {table: self._config.table(table) for table in tables}
+        if stage == "data":
+            content["data"] = asdict(self._config.self_generation())
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def _state(self) -> dict[str, str]:
@@ -185,6 +193,9 @@ class _Run:
         model: nn.Module = self._made[name].to(next(self._dense.parameters()).device)
         return model
 
+    def data(self) -> str:
+        return f"{len(self._data('self-generated'))} answers of the dense model"
+
     def recover(self) -> str:
         given = self._config.table("recover")
         settings = self._config.recovery_settings()
@@ -216,9 +227,9 @@ class _Run:
     def _data(self, source: str) -> Any:
         """Self-generated answers, a text by name, or instructions."""
         if source == "self-generated":
+            device = str(next(self._dense.parameters()).device)
             settings = self._config.self_generation()
-            path = default_path(self._config.model_name, settings)
-            return generate_instructions(self._dense, self._loaded[1], path, settings=settings)
+            return self_generated_data(self._config.model_name, settings, device=device)
         name = source.partition(":")[0]
         if name in TEXT_SOURCES or source.endswith(".txt"):
             return self._text(source)
@@ -258,7 +269,7 @@ class _Run:
         """What a further process does: wait for the pruned model, then help to recover it."""
         if not self._config.has("recover"):
             return
-        before = "prune" if self._config.has("plan") else "discover"
+        before = [stage for stage in self.stages() if STAGES.index(stage) < STAGES.index("recover")][-1]
         while not self.is_done(before):
             time.sleep(_POLL_SECONDS)
         if not self.is_done("recover"):

@@ -298,6 +298,29 @@ def _fault(text: str) -> str | None:
     return None
 
 
+def self_generated_data(
+    model_name: str,
+    settings: SelfGeneration,
+    *,
+    device: str | None = None,
+    dtype: str = "bfloat16",
+    path: Path | None = None,
+) -> list[dict[str, Any]]:
+    """The answers of a model by its name: read from the cache, or written first.
+
+    Args:
+        model_name: as for ``load_model``.
+        settings: see :class:`SelfGeneration`.
+        device: as for ``load_model``.
+        dtype: of the weights; half as many bytes make tokens nearly twice as fast.
+        path: another file than :func:`default_path`.
+    """
+    model, tokenizer = load_model(model_name, device=device, dtype=dtype)
+    return generate_instructions(
+        model, tokenizer, path or default_path(model_name, settings), settings=settings
+    )
+
+
 def default_path(model_name: str, settings: SelfGeneration) -> Path:
     """Where the command keeps the answers of a model: in its workspace below the cache."""
     return workspace(model_name) / f"self_generated-{settings.num_examples}-seed{settings.seed}.jsonl"
@@ -320,9 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = SelfGeneration(**{name: getattr(options, name) for name in asdict(defaults)})
-        model, tokenizer = load_model(options.model, device=options.device, dtype=options.dtype)
         path = options.output or default_path(options.model, settings)
-        rows = generate_instructions(model, tokenizer, path, settings=settings)
+        rows = self_generated_data(
+            options.model, settings, device=options.device, dtype=options.dtype, path=path
+        )
     except (AssetError, RecoveryError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
