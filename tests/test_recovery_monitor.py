@@ -1,6 +1,10 @@
 """The recovery monitor as a person uses it: watch, then press stop; and the speed comparison."""
 
+import os
+from pathlib import Path
+
 import pytest
+from jupyter_client.manager import start_new_kernel
 from recovery_models import QUICK, counting, tiny_llama
 
 from pruner_lib import display
@@ -31,6 +35,62 @@ def test_the_monitor_follows_a_run_and_its_button_stops_it():
     assert len(set(pictures)) == 3, "the figure changed at every step"
     assert all(picture.startswith("<img alt=") for picture in pictures)
     assert [step for step, _ in result.held_out] == [0, 1, 2, 3]
+
+
+CELL = """
+from recovery_models import QUICK, counting, tiny_llama
+from pruner_lib.recovery import RecoverySettings, recover
+settings = RecoverySettings(**{**QUICK, "max_steps": 100000})
+result = await monitor.run(recover, tiny_llama(), None, counting(), settings=settings, progress=False)
+print("ended", len(result.history) == len(monitor.records) < 100000)
+"""
+
+
+@pytest.mark.slow
+def test_a_click_stops_training_while_its_cell_is_running():
+    """A real kernel: the cell trains, the click arrives as a front end would send it."""
+    manager, client = start_new_kernel(kernel_name="python3", env=kernel_environment())
+    try:
+        _, button = outputs(
+            client,
+            "from pruner_lib.display import recovery_monitor\n"
+            "monitor = recovery_monitor(every=0.2)\nprint(monitor.stop.model_id)",
+        )
+        running = client.execute(CELL)
+        wait_for(client, lambda m: "Step" in str(m["content"].get("data", {}).get("state", {}).get("value")))
+        click = {"comm_id": button.strip(), "data": {"method": "custom", "content": {"event": "click"}}}
+        client.shell_channel.send(client.session.msg("comm_msg", click))
+        said = wait_for(
+            client,
+            lambda m: m["msg_type"] in ("stream", "error") and m["parent_header"].get("msg_id") == running,
+        )
+        assert said["content"].get("text") == "ended True\n", said["content"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def kernel_environment():
+    here = Path(__file__).resolve().parent
+    return {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
+def wait_for(client, wanted):
+    while True:
+        message = client.get_iopub_msg(timeout=300)
+        if wanted(message):
+            return message
+
+
+def outputs(client, code):
+    sent, text = client.execute(code), ""
+    while True:
+        message = client.get_iopub_msg(timeout=300)
+        if message["parent_header"].get("msg_id") != sent:
+            continue
+        text += message["content"].get("text", "") if message["msg_type"] == "stream" else ""
+        if message["content"].get("execution_state") == "idle":
+            return sent, text
 
 
 def test_the_monitor_draws_no_more_often_than_asked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -89,6 +90,14 @@ class RecoveryMonitor(widgets.VBox):
             self.draw()
         return self.stopped
 
+    async def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call ``recover`` so that the button answers meanwhile: ``await monitor.run(recover, model, …)``.
+
+        The function runs in a thread of its own, with this monitor as ``on_step``, and the notebook
+        stays free to take clicks. What it raises is raised here.
+        """
+        return await asyncio.to_thread(function, *arguments, on_step=self, **options)
+
     def draw(self) -> None:
         """Show all records up to now."""
         last = self.records[-1]
@@ -106,10 +115,11 @@ def recovery_monitor(*, every: float = 2.0, clock: Callable[[], float] = time.mo
 
     >>> monitor = recovery_monitor()
     >>> display(monitor)
-    >>> result = recover(model, tokenizer, data, held_out=text, on_step=monitor)
+    >>> result = await monitor.run(recover, model, tokenizer, data, held_out=text)
 
-    The button works while the cell runs in JupyterLab 4.4 or newer, which answers widgets beside the
-    running cell. Controls: ``stop``. All records are in ``records``.
+    A notebook takes no clicks while an ordinary cell runs; awaiting leaves it free to. Where nobody will
+    press the button, ``recover(…, on_step=monitor)`` draws the same. Controls: ``stop``. All records
+    are in ``records``.
 
     Args:
         every: seconds between two drawings; a look at the held-out text is always drawn.
