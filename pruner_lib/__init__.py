@@ -12,7 +12,14 @@ from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
 from pruner_lib.evaluation import count_cost, evaluate, generate, measure_latency, perplexity
 from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
 from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
-from pruner_lib.recovery import RecoverySettings, recover
+from pruner_lib.recovery import (
+    Distillation,
+    RecoverySettings,
+    attach_adapter,
+    load_instructions,
+    merge_adapter,
+    recover,
+)
 
 __version__ = "0.1.0"
 
@@ -22,21 +29,25 @@ __all__ = [
     "CheckpointError",
     "DependencyMap",
     "DiscoveryError",
+    "Distillation",
     "ImportanceScores",
     "PruningError",
     "PruningPlan",
     "RecoverySettings",
+    "attach_adapter",
     "count_cost",
     "discover",
     "estimate_importance",
     "evaluate",
     "generate",
     "load_calibration",
+    "load_instructions",
     "load_model",
     "load_pruned",
     "load_text",
     "measure_importance",
     "measure_latency",
+    "merge_adapter",
     "perplexity",
     "plan_pruning",
     "prune",

@@ -11,6 +11,7 @@ from pruner_lib.recovery.errors import (
 from pruner_lib.recovery.recover import recover
 from pruner_lib.recovery.result import RecoveryResult
 from pruner_lib.recovery.settings import Distillation, RecoverySettings
+from pruner_lib.recovery.sources import load_instructions
 from pruner_lib.recovery.teachers import TeacherLogits, precompute_teacher
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "format_instruction",
     "instruction_prompt",
     "linear_modules",
+    "load_instructions",
     "merge_adapter",
     "precompute_teacher",
     "recover",
