@@ -151,6 +151,22 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, monkeypatch):
     assert same(snapshot(resumed.model), snapshot(run(tmp_path / "b", settings=settings).model))
 
 
+def test_a_full_disk_at_the_adapter_loses_nothing(tmp_path, monkeypatch):
+    from peft import PeftModel
+
+    settings = {**RUN, "checkpoint_every": 0}
+    whole = run(tmp_path, settings=settings)
+
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    with pytest.raises(CheckpointWriteError, match=r"step 9.*No space left") as caught:
+        run(tmp_path, settings=settings)
+    assert same(snapshot(caught.value.result.model), snapshot(whole.model))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file(), "the older one is still there"
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     """torchrun with gloo: the same global batches, the same curve, the same weights in both processes."""

@@ -19,7 +19,7 @@ Widgets are boxes whose controls are attributes; end a cell with ``display(widge
     criteria_explorer({name: scores})                           .first .second .family .ratio
     plan_explorer(model, dependencies, scores)                  .ratio .layers .kinds → .plan .cost
     generation_bench({name: model}, tokenizer, *, prompt=…)     .prompt .max_new_tokens .button
-    recovery_monitor()                                          .stop; give it to recover as on_step
+    recovery_monitor()                                          .stop; await monitor.run(recover, …)
 """
 
 from __future__ import annotations

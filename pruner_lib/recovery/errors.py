@@ -34,7 +34,7 @@ class NonFiniteLossError(InterruptedRecoveryError):
 
 
 class CheckpointWriteError(InterruptedRecoveryError):
-    """Training stopped because a checkpoint could not be written, for example on a full disk.
+    """Training stopped because a checkpoint, or at its end the adapter, could not be written: a full disk.
 
-    ``result`` is the state at that step; the checkpoint before, if there was one, is still whole.
+    ``result`` is the state at that step; what was written before is still whole.
     """

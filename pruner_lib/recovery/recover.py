@@ -106,8 +106,13 @@ def recover(
         seconds = time.perf_counter() - began
     if problem is None or isinstance(problem, LossIsNotFinite):
         _settle(recorder, problem)
+    path = None
+    try:
+        path = _keep_adapter(trained, run)
+    except Exception as error:  # a full disk is an error of safetensors' own, too
+        problem = problem or CannotWriteCheckpoint(str(error))
     result = RecoveryResult(
-        adapter_path=_keep_adapter(trained, run),
+        adapter_path=path,
         model=finish(trained, model),
         history=tuple(recorder.history),
         settings=settings,
@@ -249,9 +254,9 @@ def _explain(problem: Exception, result: RecoveryResult, run: _Run) -> RecoveryE
     where = "" if result.adapter_path is None else f" and its adapter in {result.adapter_path}"
     if isinstance(problem, CannotWriteCheckpoint):
         message = (
-            f"the checkpoint of step {done} could not be written in {run.folder}: {problem}. Training "
-            f"stopped; the state it had reached is kept in this error's .result{where}, and an "
-            "earlier checkpoint is still whole. Free some space and run again with resume=True"
+            f"what is kept of step {done} could not be written in {run.folder}: {problem}. Training "
+            f"stopped there; its state is kept in this error's .result{where}, and an earlier "
+            "checkpoint or adapter is still whole. Free some space and run again with resume=True"
         )
         return CheckpointWriteError(message, done, result)
     finite = [loss for loss in result.losses if math.isfinite(loss)]
