@@ -1,4 +1,4 @@
-"""The one thing pyproject.toml cannot say: put data/manifest.json into the built package."""
+"""The one thing pyproject.toml cannot say: put the files of data/ into the built package."""
 
 import shutil
 from pathlib import Path
@@ -7,8 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
-class BuildWithManifest(build_py):
-    """Copies the manifest beside the modules; an editable install reads it where it stands."""
+class BuildWithData(build_py):
+    """Copies them beside the modules; an editable install reads them where they stand."""
 
     def run(self) -> None:
         """Build as usual, then copy."""
@@ -16,7 +16,8 @@ class BuildWithManifest(build_py):
         if not self.editable_mode:
             target = Path(self.build_lib, "pruner_lib", "data")
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path("data", "manifest.json"), target)
+            for name in ("manifest.json", "seed_prompts.jsonl"):
+                shutil.copy(Path("data", name), target)
 
 
-setup(cmdclass={"build_py": BuildWithManifest})
+setup(cmdclass={"build_py": BuildWithData})

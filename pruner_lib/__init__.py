@@ -6,9 +6,23 @@
 Importing this package lets ``from_pretrained`` open checkpoints whose layers differ in width.
 """
 
-from pruner_lib.assets import DEFAULT_MODEL, PAPER_CALIBRATION, load_calibration, load_model, load_text
-from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
-from pruner_lib.discovery import DependencyMap, DiscoveryError, discover
+from pruner_lib.assets import (
+    DEFAULT_MODEL,
+    PAPER_CALIBRATION,
+    load_calibration,
+    load_model,
+    load_text,
+)
+from pruner_lib.checkpoint import (
+    CheckpointError,
+    load_pruned,
+    save_pruned,
+)
+from pruner_lib.discovery import (
+    DependencyMap,
+    DiscoveryError,
+    discover,
+)
 from pruner_lib.evaluation import (
     PAPER_TASKS,
     count_cost,
@@ -19,9 +33,32 @@ from pruner_lib.evaluation import (
     perplexity,
     zero_shot,
 )
-from pruner_lib.importance import ImportanceScores, estimate_importance, measure_importance
-from pruner_lib.pruning import PruningError, PruningPlan, plan_pruning, prune
-from pruner_lib.recovery import RecoverySettings, recover
+from pruner_lib.importance import (
+    ImportanceScores,
+    estimate_importance,
+    grade,
+    layer_importance,
+    measure_importance,
+)
+from pruner_lib.pruning import (
+    GlobalRanking,
+    PruningError,
+    PruningPlan,
+    plan_pruning,
+    prune,
+    prune_iteratively,
+    prune_layers,
+    scan_sensitivity,
+    score_layers,
+)
+from pruner_lib.recovery import (
+    Distillation,
+    RecoverySettings,
+    attach_adapter,
+    load_instructions,
+    merge_adapter,
+    recover,
+)
 
 __version__ = "0.1.0"
 
@@ -32,26 +69,37 @@ __all__ = [
     "CheckpointError",
     "DependencyMap",
     "DiscoveryError",
+    "Distillation",
+    "GlobalRanking",
     "ImportanceScores",
     "PruningError",
     "PruningPlan",
     "RecoverySettings",
+    "attach_adapter",
     "count_cost",
     "discover",
     "estimate_importance",
     "evaluate",
     "generate",
+    "grade",
+    "layer_importance",
     "load_calibration",
+    "load_instructions",
     "load_model",
     "load_pruned",
     "load_text",
     "measure_importance",
     "measure_latency",
     "measure_memory",
+    "merge_adapter",
     "perplexity",
     "plan_pruning",
     "prune",
+    "prune_iteratively",
+    "prune_layers",
     "recover",
     "save_pruned",
+    "scan_sensitivity",
+    "score_layers",
     "zero_shot",
 ]

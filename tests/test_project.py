@@ -140,7 +140,8 @@ def test_wheel_carries_every_module_the_manifest_and_the_type_marker(tmp_path):
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pruner_lib").rglob("*.py")}
     assert modules - inside == set()
-    assert {"pruner_lib/data/manifest.json", "pruner_lib/py.typed"} <= inside
+    data = {f"pruner_lib/data/{name}" for name in ("manifest.json", "seed_prompts.jsonl")}
+    assert {*data, "pruner_lib/py.typed"} <= inside
     assert not any(name.startswith(("tests/", "data/", "notebooks/")) for name in inside)
 
 

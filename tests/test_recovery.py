@@ -3,57 +3,21 @@
 import math
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from recovery_models import QUICK, VOCABULARY, counting, same, snapshot, tiny_gpt2, tiny_llama
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pruner_lib.recovery import NonFiniteLossError, RecoveryError, RecoverySettings, linear_modules, recover
-from pruner_lib.recovery.adapters import attach_lora, merge
+from pruner_lib.recovery.adapters import attach_lora, finish
 from pruner_lib.recovery.data import Example, collate
-from pruner_lib.recovery.training import Recorder
-
-VOCABULARY = 60
-QUICK = {
-    "max_steps": 6,
-    "batch_size": 4,
-    "micro_batch": 2,
-    "learning_rate": 2e-2,
-    "warmup_steps": 1,
-    "bf16": False,
-}
-
-
-def tiny_llama(**changes):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        initializer_range=0.2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, **changes,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    return GPT2LMHeadModel(config).eval()
-
-
-def counting(rows=8, length=12):
-    """Sequences that count upwards: easy to learn."""
-    return (torch.arange(length)[None] + torch.arange(rows)[:, None]) % VOCABULARY
-
-
-def snapshot(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+from pruner_lib.recovery.losses import token_losses
+from pruner_lib.recovery.recording import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +86,7 @@ def test_lora_at_the_start_is_the_identity(make):
     adapted = attach_lora(model, RecoverySettings()).eval()
     data = counting()
     assert torch.equal(adapted(data).logits, model(data).logits)
-    assert same(snapshot(merge(adapted, model)), snapshot(model))
+    assert same(snapshot(finish(adapted, model)), snapshot(model))
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -137,7 +101,7 @@ def test_merging_adds_scaled_b_a_and_keeps_the_logits(make):
     layer = adapted.get_submodule(f"base_model.model.{name}")
     update = 12 / 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     unmerged = adapted(counting()).logits.detach()
-    merged = merge(adapted, model)
+    merged = finish(adapted, model)
     assert not torch.allclose(unmerged, model(counting()).logits, atol=1e-2)
     torch.testing.assert_close(merged(counting()).logits, unmerged, atol=1e-4, rtol=1e-4)
     weight = model.get_submodule(name).weight
@@ -186,18 +150,15 @@ def test_micro_batches_add_up():
 
 
 def test_uneven_micro_batches_weigh_tokens_not_sequences():
-    recorder = Recorder({})
     long = Example(torch.arange(5), torch.tensor([-100, 1, 2, 3, 4]))
     short = Example(torch.arange(5), torch.tensor([-100, -100, -100, -100, 4]))
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     both = collate([long, short], 0)["labels"]
-    losses = [
-        recorder.loss({"logits": logits[i : i + 1]}, both[i : i + 1], torch.tensor(5)) for i in range(2)
-    ]
+    found = [token_losses(logits[i : i + 1], both[i : i + 1]) for i in range(2)]
     chosen = torch.cat([logits[0, :4], logits[1, 3:4]])
     expected = functional.cross_entropy(chosen, torch.tensor([1, 2, 3, 4, 4]))
-    torch.testing.assert_close(sum(losses), expected)
-    assert recorder.num_tokens == 5
+    torch.testing.assert_close(sum(losses.total for losses in found) / 5, expected)
+    assert [losses.count for losses in found] == [4, 1]
 
 
 def test_bf16_autocast_keeps_float32_weights_and_can_alternate():
@@ -298,11 +259,12 @@ def test_the_best_state_is_that_of_the_lowest_loss():
     optimizer = torch.optim.SGD([weight], lr=1.0)
     labels = torch.tensor([[-100, 0]])
     for number, value in enumerate((1.0, 4.0, -6.0, -6.0), start=1):  # good, better, bad, bad
-        logits = torch.tensor([[[value, 0.0], [0.0, 0.0]]])
-        recorder.loss({"logits": logits}, labels)
-        recorder.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        found = token_losses(torch.tensor([[[value, 0.0], [0.0, 0.0]]]), labels)
+        recorder.add(found, float(found.total))
+        state = SimpleNamespace(global_step=number, max_steps=9, is_world_process_zero=True)
+        recorder.on_pre_optimizer_step(None, state, None, optimizer=optimizer)
         weight.data.fill_(number)
-        recorder.on_step_end(None, type("State", (), {"global_step": number}), None)
+        recorder.on_step_end(None, state, SimpleNamespace())
     recorder.restore_best()
     assert weight.item() == 1.0, "what was there when step 2 measured the lowest mean loss"
 

@@ -12,6 +12,7 @@ one line what it shows, without times or machine facts, so that a checked cell m
     plot_plan(plan)                                             describe_plan(plan)
     plot_sensitivity(scan)                                      describe_sensitivity(scan)
     plot_learning_curve(history or {name: history})             describe_learning_curve(the same)
+    plot_recovery(history)                                      describe_recovery(history)
     plot_tradeoff(report or {name: (size, quality)})            describe_tradeoff(the same)
     plot_latency(table)                                         describe_latency(the same)
 
@@ -21,6 +22,7 @@ Widgets are boxes whose controls are attributes; end a cell with ``display(widge
     criteria_explorer({name: scores})                           .first .second .family .ratio
     plan_explorer(model, dependencies, scores)                  .ratio .layers .kinds → .plan .cost
     generation_bench({name: model}, tokenizer, *, prompt=…)     .prompt .max_new_tokens .button
+    recovery_monitor()                                          .stop; await monitor.run(recover, …)
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ from pruner_lib.display.results import (
 )
 
 if TYPE_CHECKING:
+    from pruner_lib.display.recovery import describe_recovery, plot_recovery, recovery_monitor
     from pruner_lib.display.widgets import (
         criteria_explorer,
         generation_bench,
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     )
 
 _WIDGETS = ("criteria_explorer", "generation_bench", "group_explorer", "plan_explorer")
+_RECOVERY = ("describe_recovery", "plot_recovery", "recovery_monitor")
 
 __all__ = [
     "PlanCost",
@@ -72,6 +76,7 @@ __all__ = [
     "describe_learning_curve",
     "describe_plan",
     "describe_ranks",
+    "describe_recovery",
     "describe_score_histogram",
     "describe_sensitivity",
     "describe_sorted_scores",
@@ -87,10 +92,12 @@ __all__ = [
     "plot_learning_curve",
     "plot_plan",
     "plot_ranks",
+    "plot_recovery",
     "plot_score_histogram",
     "plot_sensitivity",
     "plot_sorted_scores",
     "plot_tradeoff",
+    "recovery_monitor",
 ]
 
 
@@ -100,4 +107,8 @@ def __getattr__(name: str) -> Any:
         from pruner_lib.display import widgets
 
         return getattr(widgets, name)
+    if name in _RECOVERY:
+        from pruner_lib.display import recovery
+
+        return getattr(recovery, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

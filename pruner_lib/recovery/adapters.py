@@ -1,21 +1,29 @@
-"""LoRA on a copy of a model: attach, save, merge."""
+"""LoRA on a copy of a model: attach, save, attach again, merge; and the copy that full training changes."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from pruner_lib.importance.storage import write_whole
 from pruner_lib.recovery.errors import RecoveryError
 from pruner_lib.recovery.settings import RecoverySettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_ADAPTER = "default"  # PEFT's own name for a model's only adapter
+_BASE_FILE = "base_model.json"
+_SAMPLES = 4  # weights of each adapted layer that are noted, to know the base model again
 
 
 def linear_modules(model: nn.Module) -> tuple[str, ...]:
@@ -40,20 +48,47 @@ def require_no_adapter(model: nn.Module) -> None:
         RecoveryError: it does.
     """
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    found = [name for name, _ in _adapted_layers(model)]
     if found or isinstance(model, PeftModel):
         where = f" (in {len(found)} layers, the first is {found[0]})" if found else ""
         raise RecoveryError(
-            f"the model already carries an adapter{where}; merge it with merge_and_unload() or take it off "
-            "with "
+            f"the model already carries an adapter{where}; merge it with merge_adapter or take it off with "
             "unload(), then recover"
         )
 
 
+def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def chosen_modules(model: nn.Module, target: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Linear layers that a target names.
+
+    Raises:
+        RecoveryError: none does.
+    """
+    candidates = linear_modules(model)
+    if target in ("all-linear", "all"):
+        return candidates
+    chosen = tuple(
+        name for name in candidates if any(name == ending or name.endswith(f".{ending}") for ending in target)
+    )
+    if not chosen:
+        endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+        raise RecoveryError(
+            f"no linear layer matches target {target!r}; this model has layers named {', '.join(endings)}"
+        )
+    return chosen
+
+
 def attach_lora(model: nn.Module, settings: RecoverySettings) -> PeftModel:
-    """A copy of the model with LoRA on its linear layers; A is drawn from torch's random state.
+    """A model with LoRA on its linear layers; A is drawn from torch's random state.
+
+    The frozen weights are not copied: they share their storage with the given model's, which nothing
+    writes to before :func:`merge` makes new ones.
 
     Args:
         model: left as it is, bit for bit.
@@ -64,49 +99,156 @@ def attach_lora(model: nn.Module, settings: RecoverySettings) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    candidates = linear_modules(model)
-    chosen = [name for name in candidates if _is_wanted(name, settings.target)]
-    if not chosen:
-        endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-        raise RecoveryError(
-            f"no linear layer matches target {settings.target!r}; this model has layers named "
-            f"{', '.join(endings)}"
-        )
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen,
-        task_type="CAUSAL_LM",
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+        target_modules=list(chosen_modules(model, settings.target)), task_type="CAUSAL_LM",
     )  # fmt: skip
-    return get_peft_model(copy.deepcopy(model), config)
+    return get_peft_model(_sharing_copy(model), config)
 
 
-def merge(adapted: PeftModel, original: nn.Module) -> nn.Module:
-    """W + (alpha / rank) B A in every adapted layer, in place; an ordinary model comes out.
+def _sharing_copy(model: nn.Module) -> Any:
+    """New modules and new, frozen parameters over the same storage."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
 
-    Flags, device and configuration entries that training changes become those of ``original``.
+
+def full_copy(model: nn.Module, settings: RecoverySettings) -> nn.Module:
+    """A copy whose own weights are trained: those of the target, or all.
+
+    Half-precision weights are held in float32 while they learn, as small updates would vanish.
+
+    Raises:
+        RecoveryError: no module matches the target.
     """
-    merged: nn.Module = adapted.merge_and_unload()
-    flags = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
-    for name, parameter in merged.named_parameters():
-        parameter.requires_grad_(flags[name])
+    trained = copy.deepcopy(model)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters()):
+        trained.float()
+    if settings.target == "all":
+        return trained.requires_grad_(True)
+    trained.requires_grad_(False)
+    for name in chosen_modules(trained, settings.target):
+        for parameter in trained.get_submodule(name).parameters():
+            parameter.requires_grad_(True)
+    return trained
+
+
+def attach_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """Put a saved adapter on the model it was trained for.
+
+    Args:
+        model: the pruned model, in any precision; left as it is.
+        folder: what ``recover(…, output_dir=…)`` left in ``adapter``.
+
+    Returns:
+        PEFT's model over a copy; :func:`merge_adapter` makes an ordinary model of it.
+
+    Raises:
+        RecoveryError: no adapter there, or one of another model.
+
+    Example:
+        >>> merge_adapter(attach_adapter(load_pruned("pruned"), "run/adapter"))
+    """
+    from peft import PeftModel
+
+    require_no_adapter(model)
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise RecoveryError(
+            f"no adapter in {folder}: adapter_config.json is missing; give the folder 'adapter' that "
+            "recover left in its output_dir"
+        )
+    _require_same_base(model, folder)
+    copied = _sharing_copy(model)
+    try:
+        adapted = PeftModel.from_pretrained(copied, folder)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RecoveryError(f"the adapter in {folder} does not fit this model: {error}") from error
+    return adapted.eval()
+
+
+def merge_adapter(adapted: PeftModel) -> nn.Module:
+    """W + (alpha / rank) B A in every adapted layer, as an ordinary model; merging again changes nothing.
+
+    The sum is taken in float32 or wider and rounded once. The weights that ``adapted`` was made over
+    are not written to; the result shares no memory with them.
+    """
+    from torch import no_grad
+
+    merged: dict[str, Tensor] = {}
+    with no_grad():
+        for name, layer in _adapted_layers(adapted):
+            if hasattr(layer, "get_delta_weight"):
+                merged[name] = _sum(layer.get_base_layer().weight, layer.get_delta_weight(_ADAPTER))
+    model: nn.Module = adapted.unload() if merged else adapted.get_base_model()
+    prefix = "base_model.model."
+    by_name = {name.removeprefix(prefix): weight for name, weight in merged.items()}
+    fresh: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            value = by_name[name] if key == "weight" and name in by_name else None
+            if merged and id(parameter) not in fresh:
+                new = parameter.detach().clone() if value is None else value
+                fresh[id(parameter)] = nn.Parameter(new)
+            module._parameters[key] = fresh.get(id(parameter), parameter)
+    return model
+
+
+def _sum(weight: Tensor, update: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + update.to(wide)).to(weight.dtype)
+
+
+def finish(trained: nn.Module, original: nn.Module) -> nn.Module:
+    """An ordinary model out of what was trained: merged, with the original's flags, types and device."""
+    from peft import PeftModel
+
+    model: nn.Module = merge_adapter(trained) if isinstance(trained, PeftModel) else trained
+    before = dict(original.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(before[name].device, before[name].dtype)
+        parameter.requires_grad_(before[name].requires_grad)
         parameter.grad = None
-    training = {name: module.training for name, module in original.named_modules()}
-    for name, module in merged.named_modules():
-        module.training = training[name]
-    devices = {parameter.device for parameter in original.parameters()}
-    if len(devices) == 1:
-        merged.to(devices.pop())
-    _restore_config(merged, original)
-    return merged
+    buffers = dict(original.named_buffers())
+    modules = dict(original.named_modules())
+    for name, module in model.named_modules():
+        module.training = modules[name].training
+        for key in module._buffers:
+            if (given := buffers.get(f"{name}.{key}".lstrip("."))) is not None:
+                module._buffers[key] = given.clone()
+    _restore_config(model, original)
+    return model
+
+
+def _restore_config(merged: nn.Module, original: nn.Module) -> None:
+    """The trainer turns ``use_cache`` off while it trains; an interrupted one leaves it off."""
+    wanted = getattr(getattr(original, "config", None), "use_cache", None)
+    config: Any = getattr(merged, "config", None)
+    if wanted is not None and config.use_cache != wanted:
+        config.use_cache = wanted
 
 
 def save_adapter(adapted: PeftModel, folder: str | os.PathLike[str]) -> Path:
-    """Save the adapter alone as ``folder/adapter``, replacing an older one only when the new one is whole."""
+    """Save the adapter alone as ``folder/adapter``, replacing an older one only when the new one is whole.
+
+    Beside PEFT's own files it holds a few numbers of the base model's weights, by which
+    :func:`attach_adapter` knows that model again.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "adapter"
     part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
     try:
         adapted.save_pretrained(str(part))
+        layers = {
+            name.removeprefix("base_model.model."): layer.get_base_layer().weight
+            for name, layer in _adapted_layers(adapted)
+        }
+        write_whole(part / _BASE_FILE, json.dumps({n: _describe(w) for n, w in layers.items()}, indent=1))
         if target.exists():
             old = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter-old.")) / "adapter"
             os.replace(target, old)
@@ -121,13 +263,33 @@ def save_adapter(adapted: PeftModel, folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _is_wanted(name: str, target: str | tuple[str, ...]) -> bool:
-    return target == "all-linear" or any(name == ending or name.endswith(f".{ending}") for ending in target)
+def _describe(weight: Tensor) -> dict[str, Any]:
+    flat = weight.detach().flatten()
+    sample: Sequence[float] = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float().tolist()
+    return {"shape": list(weight.shape), "sample": sample}
 
 
-def _restore_config(merged: nn.Module, original: nn.Module) -> None:
-    """The trainer turns ``use_cache`` off while it trains; an interrupted one leaves it off."""
-    wanted = getattr(getattr(original, "config", None), "use_cache", None)
-    config: Any = getattr(merged, "config", None)
-    if wanted is not None and config.use_cache != wanted:
-        config.use_cache = wanted
+def _require_same_base(model: nn.Module, folder: Path) -> None:
+    """Shapes must agree, and the noted weights up to the rounding of half precision."""
+    note = folder / _BASE_FILE
+    if not note.is_file():
+        return  # an adapter that PEFT alone saved
+    modules = dict(model.named_modules())
+    expected = json.loads(note.read_text(encoding="utf-8"))
+    found: dict[str, Any] = {name: getattr(modules.get(name), "weight", None) for name in expected}
+    problem = next((text for name in expected if (text := _misfit(name, found[name], expected[name]))), None)
+    if problem is None:
+        noted = torch.tensor([value for entry in expected.values() for value in entry["sample"]])
+        here = torch.tensor([value for name in expected for value in _describe(found[name])["sample"]])
+        if not torch.allclose(here, noted, rtol=1e-2, atol=1e-6):
+            problem = "the shapes agree, the weights do not"
+    if problem:
+        raise RecoveryError(
+            f"the adapter in {folder} is of another model: {problem}; attach it to the pruned model "
+            "that was given to recover"
+        )
+
+
+def _misfit(name: str, weight: Tensor | None, expected: dict[str, Any]) -> str | None:
+    shape = "no such layer" if weight is None else list(weight.shape)
+    return None if shape == expected["shape"] else f"{name} was {expected['shape']} there, here it is {shape}"

@@ -1,4 +1,4 @@
-"""The third stage: a cut model gets its ability back through LoRA."""
+"""The third stage: a cut model gets its ability back through LoRA, full training or a teacher."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pruner_lib.recovery.adapters import attach_lora, merge, require_no_adapter, save_adapter
-from pruner_lib.recovery.data import Example, TrainingData, collate, make_examples
-from pruner_lib.recovery.errors import NonFiniteLossError, RecoveryError
+from pruner_lib.recovery.adapters import attach_lora, finish, full_copy, require_no_adapter, save_adapter
+from pruner_lib.recovery.checkpoints import (
+    CannotWriteCheckpoint,
+    Checkpointer,
+    Restored,
+    find_checkpoint,
+    model_digest,
+)
+from pruner_lib.recovery.data import Example, TrainingData, make_examples
+from pruner_lib.recovery.errors import CheckpointWriteError, NonFiniteLossError, RecoveryError
+from pruner_lib.recovery.preparation import check_against, pad_token, prepare_examples, require_weights
+from pruner_lib.recovery.recording import HeldOut, LossIsNotFinite, OnStep, Progress, Recorder
 from pruner_lib.recovery.result import RecoveryResult
 from pruner_lib.recovery.settings import RecoverySettings
-from pruner_lib.recovery.training import (
-    LossIsNotFinite,
-    OnStep,
-    Progress,
-    Recorder,
-    own_random_state,
-    quiet,
-    training_arguments,
-)
+from pruner_lib.recovery.teachers import ModelTeacher, Teacher, TeacherLogits, digest, open_teacher
+from pruner_lib.recovery.training import Engine, Objective, own_random_state, quiet, training_arguments
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 
@@ -37,157 +42,229 @@ def recover(
     data: TrainingData,
     *,
     settings: RecoverySettings | None = None,
+    teacher: Teacher | None = None,
+    held_out: TrainingData | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     on_step: OnStep | None = None,
     progress: bool = True,
 ) -> RecoveryResult:
-    r"""Train LoRA on a copy of the model and merge it.
+    r"""Train a copy of the model and return it as an ordinary model.
 
     Every linear layer W but the output head becomes W + (α / r) B A, where only A and B are trained, on
-    the mean next-token cross-entropy; at the end the sum is written into W. Runs on transformers'
-    Trainer and PEFT. The given model is not changed, nor is any global random state.
+    the mean next-token cross-entropy; at the end the sum is written into W. With
+    ``settings.method="full"`` the weights themselves are trained. Runs on transformers' Trainer and
+    PEFT, on one process or, under ``torchrun`` or ``accelerate launch``, on several. The given model
+    is not changed, nor is any global random state.
 
     Args:
         model: pruned or not, without an adapter; trained on the device it is on.
         tokenizer: its own; may be None when ``data`` is token ids.
-        data: a text (packed into windows of ``settings.seq_len``), token ids ``[N, L]``, or Alpaca-format
-            dicts ``instruction``, ``input``, ``output``: only the response and its EOS are learnt.
+        data: a text (packed into windows of ``settings.seq_len``), token ids ``[N, L]``, Alpaca-format
+            dicts ``instruction``, ``input``, ``output`` or conversations ``messages`` (only responses are
+            learnt), or rows ``text``. See ``load_text`` and ``load_instructions``.
         settings: the laptop's if None; ``RecoverySettings.paper()`` for the paper's.
-        output_dir: the adapter alone is kept in ``adapter`` below it; nothing is kept if None.
-        on_step: called after each step with ``{"step", "loss", "learning_rate"}``; training ends early if
-            it returns something true.
+        teacher: learn from its distribution, as ``settings.distillation`` says: the dense model (on any
+            device), ``(model, tokenizer)`` to have the vocabularies compared as well, or what
+            ``precompute_teacher`` wrote.
+        held_out: text, ids or dicts whose perplexity is taken every ``settings.evaluate_every`` steps;
+            the state where it was lowest is returned.
+        output_dir: the adapter alone is kept in ``adapter`` below it, and checkpoints if
+            ``settings.checkpoint_every`` asks for them; nothing is kept if None.
+        resume: go on from the last checkpoint in ``output_dir``, where there is one. The result is bit
+            for bit that of a run without interruption.
+        on_step: called after each step with the record of ``RecoveryResult.history``; training ends
+            early if it returns something true.
         progress: whether to show a bar on standard error.
 
     Returns:
-        The merged model, the history of losses, and the conditions.
+        The trained model, the history of losses, and the conditions.
 
     Raises:
         RecoveryError: an adapter on the model, no data, nothing to predict, tokens outside the
-            vocabulary, sequences beyond the context.
+            vocabulary, sequences beyond the context, a teacher that does not fit, a checkpoint of
+            another run.
         NonFiniteLossError: the loss became NaN or infinite; carries the step and the best state so far.
+        CheckpointWriteError: a checkpoint could not be written; carries the state reached.
 
     Source: LLM-Pruner, arXiv 2305.11627, section 3.3; LoRA, arXiv 2106.09685.
     """
-    settings = RecoverySettings() if settings is None else settings
-    require_no_adapter(model)
-    _require_weights(model)
-    examples = make_examples(tokenizer, data, seq_len=settings.seq_len)
-    _check_against(model, examples)
+    run = _prepare(model, tokenizer, data, settings or RecoverySettings(), teacher, held_out, output_dir)
+    restored = run.checkpoint() if resume else None
+    settings = run.settings
     with own_random_state(settings.seed), quiet():
-        adapted = attach_lora(model, settings)
-        trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-        recorder = Recorder(trainable, on_step)
+        trained = attach_lora(model, settings) if settings.method == "lora" else full_copy(model, settings)
+        trainable = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+        share = sum(p.numel() for p in trainable.values()) / sum(p.numel() for p in model.parameters())
+        recorder = Recorder(
+            trainable, held_out=run.held_out, on_step=on_step, teacher=teacher is not None, share=share
+        )
+        if restored is not None:
+            recorder.load(restored.document["recorder"], restored.part("best"))
         began = time.perf_counter()
-        failed_step = _train(adapted, examples, settings, recorder, _pad_token(tokenizer), progress)
+        problem = _train(trained, run, recorder, trainable, restored, progress)
         seconds = time.perf_counter() - began
-    if failed_step is not None:
-        recorder.restore_best()
-    path = None if output_dir is None else save_adapter(adapted, output_dir)
+    if problem is None or isinstance(problem, LossIsNotFinite):
+        _settle(recorder, problem)
+    path = None
+    try:
+        path = _keep_adapter(trained, run)
+    except Exception as error:  # a full disk is an error of safetensors' own, too
+        problem = problem or CannotWriteCheckpoint(str(error))
     result = RecoveryResult(
-        model=merge(adapted, model),
+        adapter_path=path,
+        model=finish(trained, model),
         history=tuple(recorder.history),
         settings=settings,
-        num_examples=len(examples),
+        num_examples=len(run.examples),
         num_tokens=recorder.num_tokens,
         num_trainable=sum(parameter.numel() for parameter in trainable.values()),
         seconds=seconds,
-        adapter_path=path,
+        held_out=tuple(recorder.held_out_history),
     )
-    if failed_step is not None:
-        raise NonFiniteLossError(_explain(failed_step, settings, result), failed_step, result)
+    if problem is not None:
+        raise _explain(problem, result, run)
     return result
 
 
-def _train(
-    adapted: PeftModel,
-    examples: list[Example],
+@dataclass(frozen=True)
+class _Run:
+    """Everything that training needs, checked before anything is trained."""
+
+    model: nn.Module
+    settings: RecoverySettings
+    examples: list[Example]
+    held_out: HeldOut | None
+    teacher: ModelTeacher | TeacherLogits | None
+    given_teacher: Teacher | None
+    pad: int
+    folder: Path | None
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be of this run."""
+        settings = asdict(self.settings)
+        del settings["checkpoint_every"]
+        return {
+            "settings": settings,
+            "model": model_digest(self.model),
+            "data": digest(self.examples),
+            "held_out": None if self.held_out is None else digest(self.held_out.examples),
+            "teacher": self._teacher_digest(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        }
+
+    def _teacher_digest(self) -> str | None:
+        if isinstance(self.teacher, TeacherLogits):
+            return f"top {self.teacher.top_k} of {self.teacher.path.name}"
+        given = self.given_teacher[0] if isinstance(self.given_teacher, tuple) else self.given_teacher
+        return model_digest(given) if isinstance(given, nn.Module) else None
+
+    def checkpoint(self) -> Restored | None:
+        """The checkpoint to go on from, if there is one."""
+        if self.folder is None:
+            raise RecoveryError("resume=True needs output_dir, the folder where the checkpoints are")
+        return find_checkpoint(self.folder, self.identity())
+
+
+def _prepare(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: TrainingData,
     settings: RecoverySettings,
+    teacher: Teacher | None,
+    held_out: TrainingData | None,
+    output_dir: str | os.PathLike[str] | None,
+) -> _Run:
+    require_no_adapter(model)
+    require_weights(model)
+    examples = prepare_examples(model, tokenizer, data, settings)
+    if settings.checkpoint_every and output_dir is None:
+        raise RecoveryError("checkpoint_every needs output_dir, the folder where the checkpoints go")
+    watched = None
+    if held_out is not None:
+        rows = make_examples(tokenizer, held_out, seq_len=settings.seq_len, template=settings.template)
+        check_against(model, rows)
+        watched = HeldOut(
+            rows, settings.evaluate_every, settings.patience, settings.micro_batch, settings.bf16,
+            pad_token(tokenizer),
+        )  # fmt: skip
+    opened = None if teacher is None else open_teacher(teacher, model, tokenizer, examples, settings)
+    folder = None if output_dir is None else Path(output_dir)
+    return _Run(model, settings, examples, watched, opened, teacher, pad_token(tokenizer), folder)
+
+
+def _train(
+    trained: nn.Module,
+    run: _Run,
     recorder: Recorder,
-    pad_token: int,
+    trainable: Mapping[str, nn.Parameter],
+    restored: Restored | None,
     progress: bool,
-) -> int | None:
-    """Run the trainer; returns the step whose loss was not finite, or None when all went well."""
-    from transformers import PrinterCallback, Trainer
-
-    device = next(adapted.parameters()).device
+) -> Exception | None:
+    """Run the trainer; returns why it stopped before its time, or None when all went well."""
+    settings = run.settings
+    device = next(trained.parameters()).device
     bar = Progress(recorder)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=adapted,
-            args=training_arguments(settings, device, folder),
-            train_dataset=_Listed(examples),
-            data_collator=lambda batch: collate(batch, pad_token),
-            compute_loss_func=recorder.loss,
-            callbacks=[recorder, *([bar] if progress else [])],
+    callbacks: list[Any] = [recorder]
+    if settings.checkpoint_every and run.folder is not None:
+        callbacks.append(
+            Checkpointer(run.folder, settings.checkpoint_every, recorder, trainable, run.identity())
         )
-        trainer.remove_callback(PrinterCallback)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        if run.teacher is not None:
+            stack.enter_context(run.teacher.ready())
+        stack.callback(bar.close)
+        engine = Engine(
+            trained,
+            training_arguments(settings, device, settings.num_steps(len(run.examples)), scratch),
+            run.examples,
+            Objective(recorder, settings.distillation, run.teacher),
+            pad_token=run.pad,
+            callbacks=[*callbacks, *([bar] if progress else [])],
+        )
         try:
-            trainer.train()
-        except LossIsNotFinite:
-            return len(recorder.history) + 1
+            engine.run(restored)
+        except (LossIsNotFinite, CannotWriteCheckpoint) as problem:
+            return problem
         finally:
-            bar.close()
+            if settings.gradient_checkpointing:
+                trained.activation_checkpointing_disable()  # type: ignore[operator]
     # The last step's weights have not met a loss yet.
-    finite = all(bool(torch.isfinite(p).all()) for p in adapted.parameters() if p.requires_grad)
-    return None if finite else len(recorder.history)
+    finite = all(bool(torch.isfinite(p).all()) for p in trainable.values())
+    return None if finite else LossIsNotFinite()
 
 
-class _Listed(torch.utils.data.Dataset):
-    """A list as the data set the trainer wants."""
-
-    def __init__(self, examples: list[Example]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+def _settle(recorder: Recorder, problem: Exception | None) -> None:
+    """The best state is what is returned where held-out text said so, or the loss was lost."""
+    if problem is not None or recorder.held_out_history:
+        recorder.restore_best()
 
 
-def _explain(step: int, settings: RecoverySettings, result: RecoveryResult) -> str:
-    finite = [loss for loss in result.losses if math.isfinite(loss)]
-    kept = f"the state of lowest loss ({min(finite):.3f}) is" if finite else "the model as it was given is"
+def _keep_adapter(trained: nn.Module, run: _Run) -> Path | None:
+    """The adapter alone, written by the first process only."""
+    if run.folder is None or run.settings.method != "lora":
+        return None
+    if int(os.environ.get("RANK", "0")) == 0:
+        return save_adapter(trained, run.folder)  # type: ignore[arg-type]
+    return run.folder / "adapter"
+
+
+def _explain(problem: Exception, result: RecoveryResult, run: _Run) -> RecoveryError:
+    settings, done = run.settings, len(result.history)
     where = "" if result.adapter_path is None else f" and its adapter in {result.adapter_path}"
-    return (
-        f"the loss is not finite at step {step}: training stopped; {kept} kept in this error's "
-        f".result{where}. "
-        f"Lower learning_rate (now {settings.learning_rate:g}) or max_grad_norm (now "
-        f"{settings.max_grad_norm:g}), "
-        "raise warmup_steps, or hold the weights in float32 or bfloat16"
+    if isinstance(problem, CannotWriteCheckpoint):
+        message = (
+            f"what is kept of step {done} could not be written in {run.folder}: {problem}. Training "
+            f"stopped there; its state is kept in this error's .result{where}, and an earlier "
+            "checkpoint or adapter is still whole. Free some space and run again with resume=True"
+        )
+        return CheckpointWriteError(message, done, result)
+    finite = [loss for loss in result.losses if math.isfinite(loss)]
+    step = done if done == settings.num_steps(len(run.examples)) else done + 1
+    kept = f"the state of lowest loss ({min(finite):.3f})" if finite else "the model as it was given"
+    message = (
+        f"the loss is not finite at step {step}: training stopped; {kept} is kept in this error's "
+        f".result{where}. Lower learning_rate (now {settings.learning_rate:g}) or max_grad_norm (now "
+        f"{settings.max_grad_norm:g}), raise warmup_steps, or hold the weights in float32 or bfloat16"
     )
-
-
-def _require_weights(model: nn.Module) -> None:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise RecoveryError(
-            "the model is on the meta device and has no weights to train; load it with load_model"
-        )
-
-
-def _check_against(model: nn.Module, examples: list[Example]) -> None:
-    """Refuse tokens or lengths that this model cannot read."""
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embedding, "num_embeddings", None)
-    low = min(int(example.input_ids.min()) for example in examples)
-    high = max(int(example.input_ids.max()) for example in examples)
-    if low < 0 or (size is not None and high >= size):
-        raise RecoveryError(
-            f"the data holds token id {low if low < 0 else high}, outside the model's vocabulary "
-            f"(0 to {(size or 0) - 1}); use the tokenizer that belongs to this model"
-        )
-    longest = max(len(example.input_ids) for example in examples)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise RecoveryError(
-            f"the longest sequence has {longest} tokens, beyond the model's context of {context}; lower "
-            "seq_len"
-        )
-
-
-def _pad_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Any valid id will do: padding is masked in attention and in the loss."""
-    for name in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return int(getattr(tokenizer, name))
-    return 0
+    return NonFiniteLossError(message, step, result)

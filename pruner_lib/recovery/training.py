@@ -1,34 +1,30 @@
-"""transformers' Trainer as the engine: what it is told, what is recorded, and what it may not touch."""
+"""transformers' Trainer as the engine: what it is told, which loss it takes, and what it may not touch."""
 
 from __future__ import annotations
 
-import math
 import os
 import random
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import Trainer
 
-from pruner_lib.recovery.data import IGNORED
-from pruner_lib.recovery.settings import RecoverySettings
+from pruner_lib.recovery import checkpoints
+from pruner_lib.recovery.data import Example, collate
+from pruner_lib.recovery.errors import RecoveryError
+from pruner_lib.recovery.losses import IGNORED, token_losses
+from pruner_lib.recovery.settings import Distillation, RecoverySettings
+from pruner_lib.recovery.teachers import ModelTeacher, TeacherLogits
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-OnStep = Callable[[Mapping[str, Any]], object]
-_WINDOW = 5  # steps over which the loss is averaged when the best state is looked for
-
-
-class LossIsNotFinite(Exception):
-    """Raised inside the trainer to stop it; never leaves this package."""
+    from pruner_lib.recovery.recording import Recorder
 
 
 @contextmanager
@@ -59,27 +55,40 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def training_arguments(settings: RecoverySettings, device: torch.device, folder: str) -> TrainingArguments:
-    """The trainer's arguments; it reports to nobody and writes nothing."""
+def training_arguments(
+    settings: RecoverySettings, device: torch.device, steps: int, folder: str
+) -> TrainingArguments:
+    """The trainer's arguments; it reports to nobody and writes nothing by itself.
+
+    Raises:
+        RecoveryError: the step's sequences cannot be dealt out evenly to the processes.
+    """
     from transformers import TrainingArguments
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = _per_process(settings, processes)
+    on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        num_train_epochs=1.0 if settings.epochs is None else settings.epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // (micro * processes),
+        max_steps=steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,
+        weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         bf16=settings.bf16,
-        use_cpu=device.type == "cpu",
+        use_cpu=on_cpu,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False if processes > 1 else None,
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
@@ -89,90 +98,157 @@ def training_arguments(settings: RecoverySettings, device: torch.device, folder:
     return arguments
 
 
-class Recorder(TrainerCallback):
-    """Takes the loss, keeps its history and the best state so far.
+def _per_process(settings: RecoverySettings, processes: int) -> int:
+    """Sequences that each process runs at once: micro_batch, or less where its share is less."""
+    if settings.batch_size % processes:
+        raise RecoveryError(
+            f"batch_size {settings.batch_size} cannot be dealt out to {processes} processes; make it a "
+            "multiple of their number"
+        )
+    share = settings.batch_size // processes
+    return next(size for size in range(min(settings.micro_batch, share), 0, -1) if share % size == 0)
 
-    Attributes:
-        history: records of the finished steps.
-        num_tokens: predicted tokens so far.
-        best: adapter weights with the lowest loss, averaged over the last steps; empty before the first.
+
+def order_of_examples(count: int, total: int, seed: int) -> list[int]:
+    """Which example comes when: one shuffled pass over all after another, cut off at ``total``.
+
+    It depends on nothing else, so neither a resumed run nor another number of processes changes
+    which examples make a step.
     """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < total:
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[:total]
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], on_step: OnStep | None = None) -> None:
-        self.history: list[dict[str, Any]] = []
-        self.num_tokens = 0
-        self.best: dict[str, Tensor] = {}
-        self._parameters = parameters
-        self._on_step = on_step
-        self._lowest = math.inf
-        self._loss = 0.0
-        self._rate = 0.0
 
-    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Σ cross-entropy of the micro-batch's predicted tokens / predicted tokens of the whole step.
+class Objective:
+    """The loss of a micro-batch: cross-entropy, divergence from the teacher, distance of hidden states."""
+
+    def __init__(
+        self, recorder: Recorder, distillation: Distillation, teacher: ModelTeacher | TeacherLogits | None
+    ) -> None:
+        self._recorder, self._distillation, self._teacher = recorder, distillation, teacher
+        self._hidden = teacher is not None and distillation.hidden_weight > 0
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> Tensor:
+        """Σ over the micro-batch's predicted tokens / predicted tokens of the whole step.
 
         So micro-batches add up to the mean over the step's tokens, however they are spread.
         """
-        logits = outputs["logits"][:, :-1].float().flatten(0, 1)
-        targets = labels[:, 1:].to(logits.device).flatten()
-        count = (targets != IGNORED).sum()
-        total = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise LossIsNotFinite
-        self._loss += value
-        self.num_tokens += int(count)
-        return loss
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights that gave this step's loss are still in place: keep them if it is the lowest."""
-        self._rate = kwargs["optimizer"].param_groups[0]["lr"]
-        recent = [record["loss"] for record in self.history[1 - _WINDOW :]] + [self._loss]
-        mean = sum(recent) / len(recent)
-        if mean < self._lowest:
-            self._lowest = mean
-            self.best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Write the step down; stop if the caller's function says so."""
-        record = {"step": state.global_step, "loss": self._loss, "learning_rate": self._rate}
-        self.history.append(record)
-        self._loss = 0.0
-        if self._on_step is not None and self._on_step(dict(record)):
-            control.should_training_stop = True
-        return control
-
-    def restore_best(self) -> None:
-        """Put the best state back; without one, undo the adapter (B = 0 leaves the model as it was)."""
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if self.best:
-                    parameter.copy_(self.best[name])
-                elif "lora_B" in name:
-                    parameter.zero_()
-                else:
-                    parameter.nan_to_num_(0.0, 0.0, 0.0)
+        labels, rows = inputs.pop("labels"), inputs.pop("rows").tolist()
+        lesson = None if self._teacher is None else self._teacher.lesson(inputs, rows)
+        outputs = model(**inputs, use_cache=False, output_hidden_states=self._hidden)
+        found = token_losses(
+            outputs.logits,
+            labels,
+            soft=None if lesson is None else lesson.soft,
+            weight=self._distillation.weight,
+            temperature=self._distillation.temperature,
+        )
+        total, hidden = found.total, 0.0
+        if self._hidden and lesson is not None:
+            distance = hidden_distance(outputs.hidden_states[1:], lesson.hidden_states, labels)
+            total = total + self._distillation.hidden_weight * distance.to(total)
+            hidden = float(distance.detach())
+        self._recorder.add(found, float(total.detach()), hidden)
+        return total / (found.count if count is None else count)
 
 
-class Progress(TrainerCallback):
-    """A bar on standard error with the current loss."""
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Σ over predicting tokens of the mean over layers of ‖h_s − h_t‖² / ‖h_t‖².
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._bar: Any = None
+    Args:
+        student: one ``[B, L, D]`` per layer.
+        teacher: one per layer of the teacher; where it has more, layer i of n is held against its
+            layer ⌈i · m / n⌉ of m.
+        labels: ``[B, L]``; the token before a predicted one counts.
+    """
+    counts = torch.zeros_like(labels, dtype=torch.bool)
+    counts[:, :-1] = labels[:, 1:] != IGNORED
+    total = torch.zeros((), device=student[0].device)
+    for number, mine in enumerate(student, start=1):
+        theirs = teacher[-(-number * len(teacher) // len(student)) - 1].to(mine.device)[counts].float()
+        gap = (mine[counts].float() - theirs).square().sum(-1)
+        total = total + (gap / theirs.square().sum(-1).clamp_min(1e-12)).sum()
+    return total / len(student)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm import tqdm
 
-        self._bar = tqdm(total=state.max_steps, desc="recover", unit="step", file=sys.stderr)
+class Engine(Trainer):
+    """transformers' Trainer with this package's loss, order of data and checkpoints."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{self._recorder.history[-1]['loss']:.3f}", refresh=False)
-            self._bar.update()
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, examples: Sequence[Example], objective: Objective,
+        *, pad_token: int, callbacks: list[Any],
+    ) -> None:  # fmt: skip
+        from transformers import PrinterCallback
 
-    def close(self) -> None:
-        """End the bar, also after an exception."""
-        if self._bar is not None:
-            self._bar.close()
+        def batch(items: Sequence[tuple[int, Example]]) -> dict[str, Tensor]:
+            rows = torch.tensor([number for number, _ in items])
+            return {**collate([example for _, example in items], pad_token), "rows": rows}
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Numbered(examples),
+            data_collator=batch,
+            compute_loss_func=objective,  # makes the trainer count the step's predicted tokens
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._order = order_of_examples(len(examples), args.max_steps * step, args.seed)
+        self._restored: checkpoints.Restored | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return _Order(self._order)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective; data-parallel training averages over processes, so each gives its share n-fold."""
+        assert self.compute_loss_func is not None
+        return self.compute_loss_func(model, dict(inputs), num_items_in_batch) * self.args.world_size
+
+    def run(self, restored: checkpoints.Restored | None) -> None:
+        """Train from the start, or from a checkpoint as if nothing had happened."""
+        self._restored = restored
+        self.train(resume_from_checkpoint=None if restored is None else str(restored.folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self._restored is not None
+        self._restored.load_weights(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._restored is not None:
+            self._restored.load_optimizer(self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._restored is not None:
+            self._restored.load_random_state(self.args.process_index)
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Examples with their numbers, as the data set the trainer wants."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[int, Example]:
+        return index, self._examples[index]
+
+
+class _Order(torch.utils.data.Sampler[int]):
+    """An order that is already known."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
