@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pruner_lib.display.style import COLOURS, HATCHES, INK, MARKERS, new_figure, tidy
+from pruner_lib.display.style import COLOURS, GREY, HATCHES, INK, MARKERS, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
