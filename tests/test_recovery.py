@@ -337,3 +337,12 @@ def test_the_papers_settings():
     assert RecoverySettings.paper(max_steps=7).epochs is None
     with pytest.raises(RecoveryError, match="unknown setting lr"):
         RecoverySettings.paper(lr=1)
+
+
+def test_bfloat16_is_left_alone_where_the_device_only_imitates_it(monkeypatch):
+    chosen = []
+    for native in (False, True):
+        monkeypatch.setattr("pruner_lib.recovery.settings.computes_in_bfloat16", lambda device, it=native: it)
+        chosen.append(RecoverySettings().on(torch.device("cpu")).bf16)
+    assert chosen == [False, True]
+    assert RecoverySettings(bf16=True).on(torch.device("meta")).bf16 is True  # what is asked for is done

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pruner_lib.assets.devices import computes_in_bfloat16
 from pruner_lib.assets.errors import AssetError, UnknownAssetError, suggestion
 from pruner_lib.assets.fetching import fetch
 from pruner_lib.assets.files import cache_folder, replace_folder, temporary_folder
@@ -40,8 +41,8 @@ def load_model(
         name: :data:`DEFAULT_MODEL`, a hub id ``owner/name``, or a folder that
             ``save_pretrained`` wrote. A folder that exists wins over a hub id of the same spelling.
         device: where the model goes; None takes CUDA when there is one, else the CPU.
-        dtype: of the weights, for example ``"float32"``; None is float32 on the CPU and bfloat16 on
-            CUDA.
+        dtype: of the weights, for example ``"float32"``; None is bfloat16 on a GPU that computes in
+            it, else float32.
 
     Returns:
         The model in evaluation mode and its tokenizer.
@@ -86,7 +87,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, or the customary one of the device."""
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        half = device.type == "cuda" and computes_in_bfloat16(device)
+        return torch.bfloat16 if half else torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(

@@ -66,6 +66,7 @@ def compare_speed(
         settings: LoRA, by steps, at least three of them.
         repeats: pairs.
     """
+    settings = settings.on(next(model.parameters()).device)
     pairs: list[tuple[float, float]] = []
     losses: tuple[Sequence[float], Sequence[float]] = ((), ())
     for number in range(repeats):
@@ -116,7 +117,7 @@ def _bare(model: nn.Module, ids: Tensor, settings: RecoverySettings) -> tuple[fl
             total = 0.0
             for start in range(0, settings.batch_size, settings.micro_batch):
                 batch = ids[rows[start : start + settings.micro_batch]].to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.bf16)):
                     loss = adapted(input_ids=batch, labels=batch, use_cache=False).loss / parts
                 loss.backward()
                 total += float(loss.detach())

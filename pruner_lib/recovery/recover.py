@@ -177,6 +177,7 @@ def _prepare(
 ) -> _Run:
     require_no_adapter(model)
     require_weights(model)
+    settings = settings.on(next(model.parameters()).device)
     examples = prepare_examples(model, tokenizer, data, settings)
     if settings.checkpoint_every and output_dir is None:
         raise RecoveryError("checkpoint_every needs output_dir, the folder where the checkpoints go")
@@ -185,7 +186,7 @@ def _prepare(
         rows = make_examples(tokenizer, held_out, seq_len=settings.seq_len, template=settings.template)
         check_against(model, rows)
         watched = HeldOut(
-            rows, settings.evaluate_every, settings.patience, settings.micro_batch, settings.bf16,
+            rows, settings.evaluate_every, settings.patience, settings.micro_batch, bool(settings.bf16),
             pad_token(tokenizer),
         )  # fmt: skip
     opened = None if teacher is None else open_teacher(teacher, model, tokenizer, examples, settings)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
+from pruner_lib.assets.devices import computes_in_bfloat16
 from pruner_lib.recovery.errors import RecoveryError
 
 METHODS = ("lora", "full")
@@ -80,7 +83,7 @@ class RecoverySettings:
     warmup_steps: int = 4  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them
     seed: int = 0  # of A's values, the order of the data and dropout
-    bf16: bool = True  # autocast products to bfloat16; weights and losses stay as they are
+    bf16: bool | None = None  # autocast products to bfloat16; None where the device has it in hardware
     target: str | tuple[str, ...] = "all-linear"  # or endings of module names, such as ("q_proj", "v_proj")
     method: str = "lora"  # "full": the target's weights; with target "all" every parameter
     schedule: str = "linear"  # or "cosine", both down to 0, or "constant"
@@ -135,6 +138,10 @@ class RecoverySettings:
             named or self.target in general,
             f"{' or '.join(map(repr, general))} or a tuple of module names",
         )
+
+    def on(self, device: torch.device) -> RecoverySettings:
+        """These settings with ``bf16`` decided for a device."""
+        return replace(self, bf16=computes_in_bfloat16(device)) if self.bf16 is None else self
 
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps over so many examples.

@@ -171,9 +171,9 @@ def precompute_teacher(
 
     from pruner_lib.recovery.preparation import pad_token, prepare_examples
 
-    settings = RecoverySettings() if settings is None else settings
+    settings = (settings or RecoverySettings()).on(next(teacher.parameters()).device)
     examples = prepare_examples(teacher, tokenizer, data, settings)
-    source = ModelTeacher(teacher, settings.distillation.temperature, hidden=False, bf16=settings.bf16)
+    source = ModelTeacher(teacher, settings.distillation.temperature, hidden=False, bf16=bool(settings.bf16))
     vocabulary = output_size(teacher)
     if not 1 <= top_k <= vocabulary:
         raise RecoveryError(f"top_k must be from 1 to the vocabulary's {vocabulary}, got {top_k}")
@@ -281,7 +281,7 @@ def open_teacher(
         )
     if hidden:
         _check_hidden(model, student)
-    return ModelTeacher(model, settings.distillation.temperature, hidden=hidden, bf16=settings.bf16)
+    return ModelTeacher(model, settings.distillation.temperature, hidden=hidden, bf16=bool(settings.bf16))
 
 
 def _check_size(teacher: int, student: int) -> None:
