@@ -80,7 +80,7 @@ class GroupFamily:
         return self.blocked is None
 
     def plot(self, groups: int | Sequence[int] = 0) -> Any:
-        """The family's matrices, the slices of some groups as coloured stripes; see ``pruner_lib.display``."""
+        """The family's matrices, the slices of some groups as stripes; see ``pruner_lib.display``."""
         from pruner_lib import display
 
         from .dependency_map import DependencyMap
