@@ -177,8 +177,8 @@ def as_markdown(measured: Mapping[str, Any], model: str) -> str:
         f"{model} ({settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}), "
         f"{samples} × {length} tokens, {settings['device']} with {settings['threads']} threads. "
         f"{clock} is against the bare pass in the same round, the median of {settings['repeats']} rounds "
-        "with the lowest and highest. Extra memory is what a run holds at its peak beyond a bare pass that keeps no "
-        "weight gradient (so beyond weights and activations), as a share of the weights.",
+        "with the lowest and highest. Extra memory is what a run holds at its peak beyond a bare pass that "
+        "keeps no weight gradient (so beyond weights and activations), as a share of the weights.",
         "",
         "| run | seconds | against | time ratio | lowest–highest | extra memory / weights |",
         "|---|---|---|---|---|---|",
