@@ -123,7 +123,7 @@ def measure(
 
     Returns:
         JSON-ready: ``settings``, and ``cases`` with name → ``seconds``, ``ratio``, ``spread`` (lowest and
-        highest ratio), ``peak_share`` and ``extra_share`` of the weights' bytes.
+        highest ratio) and ``extra_share``, as :func:`extra_memory` has it.
     """
     device = next(model.parameters()).device
     runs = cases(model, dependencies, batches)
@@ -133,26 +133,18 @@ def measure(
         for _ in range(repeats):
             for name, (_, run) in runs.items():
                 times[name].append(seconds(run, device, clock))
-                bar.set_postfix_str(f"{name}: {times[name][-1]:.1f} s")
+                bar.set_postfix_str(f"{name}: {times[name][-1]:.2f} s")
                 bar.update()
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    # The floor keeps no gradient, not even for the moment that a tied embedding's is incomplete.
-    inside = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in inside]
-    bare = peak_bytes(lambda: bare_forward(model, batches), device)
-    activations = peak_bytes(lambda: passing_backward(model, batches, names), device)
+    extra = extra_memory(model, batches, runs, progress)
     results = {}
-    for name, (against, run) in runs.items():
+    for name, (against, _) in runs.items():
         ratios = [mine / other for mine, other in zip(times[name], times[against], strict=True)]
-        peak = peak_bytes(run, device)
-        floor = bare if against == "forward" else activations
         results[name] = {
             "against": against,
             "seconds": statistics.median(times[name]),
             "ratio": statistics.median(ratios),
             "spread": [min(ratios), max(ratios)],
-            "peak_share": peak / weights,
-            "extra_share": (peak - floor) / weights,
+            "extra_share": extra[name],
         }
     settings = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -166,6 +158,31 @@ def measure(
     return {"settings": settings, "cases": results}
 
 
+def extra_memory(
+    model: nn.Module, batches: Tensor, runs: Mapping[str, tuple[str, Run]], progress: bool | None = None
+) -> dict[str, float]:
+    """Peak memory of each run beyond weights and activations, as a share of the weights' bytes.
+
+    Weights and activations are what a bare pass holds whose weight gradients are freed at once. It
+    makes none for embeddings, whose gradient, if tied, is incomplete until the very end.
+    """
+    device = next(model.parameters()).device
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    inside = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in inside]
+    floors = {
+        "forward": peak_bytes(lambda: bare_forward(model, batches), device),
+        "forward + backward": peak_bytes(lambda: passing_backward(model, batches, names), device),
+    }
+    found = {}
+    with progress_bar(len(runs), "memory", progress) as bar:
+        for name, (against, run) in runs.items():
+            found[name] = (peak_bytes(run, device) - floors[against]) / weights
+            bar.set_postfix_str(f"{name}: {100 * found[name]:.1f} %")
+            bar.update()
+    return found
+
+
 def as_markdown(measured: Mapping[str, Any], model: str) -> str:
     """The table of the documentation."""
     settings = measured["settings"]
@@ -177,8 +194,8 @@ def as_markdown(measured: Mapping[str, Any], model: str) -> str:
         f"{model} ({settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}), "
         f"{samples} × {length} tokens, {settings['device']} with {settings['threads']} threads. "
         f"{clock} is against the bare pass in the same round, the median of {settings['repeats']} rounds "
-        "with the lowest and highest. Extra memory is what a run holds at its peak beyond a bare pass that keeps no "
-        "weight gradient (so beyond weights and activations), as a share of the weights.",
+        "with the lowest and highest. Extra memory is what a run holds at its peak beyond a bare pass that "
+        "keeps no weight gradient (so beyond weights and activations), as a share of the weights.",
         "",
         "| run | seconds | against | time ratio | lowest–highest | extra memory / weights |",
         "|---|---|---|---|---|---|",

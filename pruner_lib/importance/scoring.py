@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruner_lib.importance.criteria import GRADIENTS, Criterion
 
-_CHUNK = 1 << 20  # elements scored at a time, so that the score matrix is never as large as the parameter
+_CHUNK = 1 << 18  # elements scored at a time: never a matrix as large as the parameter, and cache-sized
 
 Known = Mapping[str, Tensor]
 ByDim = dict[int, Tensor]
