@@ -1,5 +1,7 @@
 """The loss against torch's own autograd, and distillation from teachers in memory and on disk."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,14 @@ from hypothesis import strategies as st
 from recovery_models import QUICK, VOCABULARY, counting, same, snapshot, tiny_gpt2, tiny_llama
 from torch.nn import functional
 
-from pruner_lib.recovery import Distillation, RecoveryError, RecoverySettings, precompute_teacher, recover
+from pruner_lib.recovery import (
+    Distillation,
+    RecoveryError,
+    RecoverySettings,
+    losses,
+    precompute_teacher,
+    recover,
+)
 from pruner_lib.recovery.losses import DenseTargets, TopTargets, token_losses
 from pruner_lib.recovery.training import hidden_distance
 
@@ -50,7 +59,8 @@ def test_loss_and_gradient_are_those_of_the_formula(weight, temperature, whole, 
     logits, teacher, labels = case(seed)
     mine, theirs = logits.clone().requires_grad_(True), logits.clone().requires_grad_(True)
     soft = dense(teacher, temperature) if whole else top(teacher, temperature, 11)
-    found = token_losses(mine, labels, soft=soft, weight=weight, temperature=temperature)
+    with patch.object(losses, "_CPU_LOGITS", 11 * 30):  # several chunks, the last one shorter
+        found = token_losses(mine, labels, soft=soft, weight=weight, temperature=temperature)
     expected = plain(theirs, labels, teacher, weight, temperature)
     (found.total * 0.7).backward()
     (expected * 0.7).backward()
@@ -94,10 +104,11 @@ def test_a_truncated_teacher_counts_the_rest_as_one_outcome():
     assert found.divergence < whole.divergence
 
 
-def test_no_more_than_a_few_tokens_are_held_in_float32():
+def test_no_more_than_a_few_tokens_are_held_in_float32(monkeypatch):
     """The largest float32 tensor the loss makes is a chunk, not the batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    monkeypatch.setattr(losses, "_CPU_LOGITS", 50 * 97)
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -116,7 +127,7 @@ def test_no_more_than_a_few_tokens_are_held_in_float32():
         )
         found.total.backward()
     assert logits.grad.dtype == torch.bfloat16
-    assert max(sizes) == 128 * 97
+    assert max(sizes) == 50 * 97
 
 
 def test_hidden_distance_is_relative_and_maps_layers():

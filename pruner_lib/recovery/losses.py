@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORED = -100  # a label that takes no part in the loss
-_CHUNK = 128  # tokens whose logits are widened to float32 at once
+# Logits widened to float32 at once: on a CPU what its cache holds, elsewhere few enough to be no burden.
+_CPU_LOGITS = 1 << 21
+_GPU_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,12 @@ class _TokenLoss(torch.autograd.Function):
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(2, dtype=wide, device=logits.device)
-        for start in range(0, len(index), _CHUNK):
-            rows = index[start : start + _CHUNK]
+        step = max(1, (_CPU_LOGITS if logits.device.type == "cpu" else _GPU_LOGITS) // flat.shape[1])
+        for start in range(0, len(index), step):
+            rows = index[start : start + step]
             student = flat[rows].to(wide)
             slope = torch.zeros_like(student) if gradient is not None else None
-            sums[0] += _cross_entropy(student, targets[start : start + _CHUNK], 1 - weight, slope)
+            sums[0] += _cross_entropy(student, targets[start : start + step], 1 - weight, slope)
             if soft is not None and weight > 0:
                 sums[1] += _divergence(student / temperature, soft(rows), weight * temperature, slope)
             if gradient is not None and slope is not None:
