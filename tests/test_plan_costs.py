@@ -99,6 +99,16 @@ def test_the_dense_cost_is_that_of_the_model():
     assert "G multiply-accumulates at 1 × 64 tokens" in str(plan)
 
 
+def test_the_widget_shows_the_same_cost():
+    from pruner_lib.display import PlanCost
+
+    model = meta_llama()
+    plan = PruningPlan.from_removal(discover(model), {"layers.0.mlp_neuron": [0]}, dropped=["layers.2"])
+    shown = PlanCost(model, batch_size=2, seq_len=8)
+    assert shown.dense == count_cost(model, batch_size=2, seq_len=8)
+    assert shown(plan) == count_cost(prune(model, plan), batch_size=2, seq_len=8)
+
+
 def test_plans_and_costs_need_no_weights():
     model = meta_llama(num_hidden_layers=2)
     dependencies = discover(model)

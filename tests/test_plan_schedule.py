@@ -8,7 +8,7 @@ from test_surgery import logits, tiny
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import estimate_importance
-from pruner_lib.pruning import GlobalRanking, plan_pruning, prune_iteratively, score_layers
+from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune_iteratively, score_layers
 
 BATCHES = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(2))
 
@@ -97,6 +97,15 @@ def test_layers_may_go_step_by_step():
 
     steps = list(prune_iteratively(model, by_influence, steps=2, ratio=0.5, kinds="block"))
     assert [step.model.config.num_hidden_layers for step in steps] == [3, 2]
+
+
+def test_a_preset_is_approached_like_its_arguments():
+    mine = Preset(scope="global", kinds=("mlp_neuron",))
+    by_preset = list(prune_iteratively(grouped(), score, steps=2, ratio=0.4, preset=mine))
+    spelt = list(
+        prune_iteratively(grouped(), score, steps=2, ratio=0.4, scope="global", kinds=iter(["mlp_neuron"]))
+    )
+    assert [dict(s.plan.removal) for s in by_preset] == [dict(s.plan.removal) for s in spelt]
 
 
 def test_the_given_model_is_untouched():

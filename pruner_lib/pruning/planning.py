@@ -102,7 +102,7 @@ def plan_pruning(
 
     Source: local ratios, LLM-Pruner, arXiv 2305.11627, section 3.3.
     """
-    chosen = _preset(preset, scope, kinds, ranking)
+    chosen = resolved(preset, scope, kinds, ranking)
     budget = Budget.of(ratio, params=target_params, macs=target_macs, weight_bytes=target_bytes)
     places = chosen_layers(dependencies, layers, protect)
     if uniform and places is not None:
@@ -119,7 +119,7 @@ def plan_pruning(
     return search.plan(counts)
 
 
-def _preset(
+def resolved(
     preset: str | Preset | None,
     scope: str | None,
     kinds: str | Iterable[str] | None,

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruner_lib.discovery.grouping import Grouping, build_families, pair_keys, siblings
-from pruner_lib.discovery.state import Info, Trace
-from pruner_lib.discovery.tracing import SEQUENCE, LabelMode, label_parameters, module_paths
+from pruner_lib.discovery.state import Trace
+from pruner_lib.discovery.tracing import SEQUENCE, module_paths, run
 from pruner_lib.pruning.errors import PruningError
 
 aten = torch.ops.aten
@@ -129,29 +129,31 @@ class _Sizes(TorchDispatchMode):
         return out
 
 
-class _Labels(LabelMode):
-    """The labels of every product's dimensions, in order."""
+class _Watch(TorchDispatchMode):
+    """The tensors of every product, and the module that ran it; discovery labels them meanwhile."""
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self.labels: list[list[np.ndarray]] = []
+    def __init__(self, place: Trace) -> None:
+        super().__init__()
+        self.place = place  # its ``module`` is the one that is running
+        self.products: list[list[Factor]] = []
         self.places: list[str] = []
-        self.makers: dict[int, str] = {}  # tensor to the module that made it; the trace keeps tensors alive
+        self.makers: dict[int, str] = {}  # tensor to the module that made it; discovery keeps tensors alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **(kwargs or {}))
         for made in out if isinstance(out, list | tuple) else (out,):
-            self.makers[id(made)] = self.trace.module
+            self.makers[id(made)] = self.place.module
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            found = [self.labelled(product) for product in formula(args, out)]
-            self.labels += found
-            self.places += [self.trace.module] * len(found)
+            found = formula(args, out)
+            self.products += found
+            self.places += [self.place.module] * len(found)
         return out
 
-    def labelled(self, product: list[Factor]) -> list[np.ndarray]:
-        found = [self.trace.dims(tensor)[dim] for tensor, dim in product]
-        return [dim for dim in found if isinstance(dim, np.ndarray)]
+
+def _labelled(trace: Trace, product: list[Factor]) -> list[np.ndarray]:
+    found = [trace.dims(tensor)[dim] for tensor, dim in product]
+    return [dim for dim in found if isinstance(dim, np.ndarray)]
 
 
 def trace_products(
@@ -283,20 +285,19 @@ class _Meaning:
 
 
 def _traced(model: nn.Module, inputs: dict[str, Any]) -> _Traced:
-    trace = Trace()
-    labels = label_parameters(trace, model)
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            trace.set(value, Info([None] * value.dim(), from_tokens=name == "input_ids"))
-    mode = _Labels(trace)
-    with module_paths(trace, model):
-        cache = _run(model, inputs, mode)
+    watch, outputs = _Watch(Trace()), []
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with module_paths(watch.place, model), watch:
+            trace, labels = run(model, inputs)
+    finally:
+        handle.remove()
     grouping = build_families(trace, labels, model)
-    held = _cached(cache)
-    cached = [mode.labelled(_rows(tensor, *range(tensor.ndim))) for tensor in held]
-    axes = _Meaning(trace, grouping).axes([*mode.labels, *cached])
-    count = len(mode.labels)
-    return _Traced(axes[:count], mode.places, axes[count:], [mode.makers.get(id(t), "") for t in held])
+    held = _cached(getattr(outputs[-1], "past_key_values", None))
+    products = [*watch.products, *(_rows(tensor, *range(tensor.ndim)) for tensor in held)]
+    axes = _Meaning(trace, grouping).axes([_labelled(trace, product) for product in products])
+    count = len(watch.products)
+    return _Traced(axes[:count], watch.places, axes[count:], [watch.makers.get(id(t), "") for t in held])
 
 
 def _run(model: nn.Module, inputs: dict[str, Any], mode: TorchDispatchMode) -> Any:

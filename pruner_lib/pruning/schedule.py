@@ -12,7 +12,7 @@ from torch import nn
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.pruning.ladders import Scores, family_ladder
 from pruner_lib.pruning.plan import PruningPlan
-from pruner_lib.pruning.planning import plan_pruning
+from pruner_lib.pruning.planning import plan_pruning, resolved
 from pruner_lib.pruning.selection import Limits
 from pruner_lib.pruning.surgery import prune
 from pruner_lib.pruning.units import UNITS
@@ -86,17 +86,22 @@ def prune_iteratively(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    kinds = planning.get("kinds") or ()
-    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
-    if "block" in kinds and (planning.get("layers") is not None or planning.get("protect")):
+    given = (planning.get(name) for name in ("preset", "scope", "kinds", "ranking"))
+    chosen = resolved(*given)
+    planning |= {"kinds": chosen.kinds}
+    planning |= {
+        name: tuple(planning[name]) for name in ("layers", "protect") if planning.get(name) is not None
+    }
+    if "block" in chosen.kinds and (planning.get("layers") is not None or planning.get("protect")):
         raise ValueError(
             "dropping blocks renumbers the layers from step to step, so layers and protect would mean others "
             "in each; leave them out, or drop the blocks in one step with prune_layers"
         )
+    by_cost = chosen.scope == "global" or bool(set(chosen.kinds) & set(UNITS))
     dependencies = discover(model)
     scores = score(model, dependencies)
     whole = plan_pruning(dependencies, scores, **planning)  # refuses here what could never be met
-    return _steps(model, score, steps, between, _First(dependencies, scores, whole, planning))
+    return _steps(model, score, steps, between, _First(dependencies, scores, whole, planning, by_cost))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +112,7 @@ class _First:
     scores: Scores
     whole: PruningPlan
     planning: Mapping[str, Any]
+    by_cost: bool  # a ratio is approached by parameters, not family by family
 
 
 def _steps(
@@ -134,18 +140,13 @@ def _next_plan(first: _First, dependencies: DependencyMap, scores: Scores, share
         if planning.get(name) is not None:
             return plan_pruning(dependencies, scores, **planning | {name: _on_the_way(first, share, measure)})
     ratio = planning.pop("ratio")
-    if planning.get("scope") == "global" or set(_kinds(planning)) & set(UNITS):
+    if first.by_cost:
         return plan_pruning(
             dependencies, scores, **planning, target_params=_on_the_way(first, share, "params")
         )
     ratios = {kind: r * share for kind, r in ratio.items()} if isinstance(ratio, Mapping) else ratio * share
     wanted = plan_pruning(first.dependencies, first.scores, **planning, ratio=ratios)
     return _down_to(wanted, dependencies, scores)
-
-
-def _kinds(planning: Mapping[str, Any]) -> tuple[str, ...]:
-    kinds = planning.get("kinds") or ()
-    return (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
 
 def _on_the_way(first: _First, share: float, measure: str) -> int:
