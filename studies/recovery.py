@@ -255,7 +255,7 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
         f"Written by `python studies/recovery.py`: {len(records)} of {len(study.cases())} cases, model "
         f"{study.model}, scores {study.criterion} on c4, at most {study.minutes:g} minutes each, "
         f"{torch.get_num_threads()} threads, seed {study.seed}. Perplexity: {conditions}. Average: the seven "
-        f"tasks, {study.zero_shot_limit} items each.",
+        f"tasks, {study.zero_shot_limit} items each (0: not measured).",
         table(records),
         verdict(records),
         "The row on wikitext2 is no recovery: it learnt from text of the test's own kind.",
