@@ -55,7 +55,8 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "full": ({"method": "full", "learning_rate": 3e-4}, False),
     "full + teacher": ({"method": "full", "learning_rate": 3e-4}, True),
 }
-COMMON = {"batch_size": 8, "micro_batch": 8, "seq_len": 128, "schedule": "cosine", "template": "chat"}
+# 1024 tokens a step, in rows that hold a question with its whole answer.
+COMMON = {"batch_size": 4, "micro_batch": 4, "seq_len": 256, "schedule": "cosine", "template": "chat"}
 BEST = "full + teacher"
 TEXTS = ("self-generated", "c4", "books", "instructions", "wikitext2")
 GOALS = {"20 %": (1.10, 0.97), "50 %": (None, 0.88)}  # perplexity / dense at most, average / dense at least
@@ -254,7 +255,7 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
         f"Written by `python studies/recovery.py`: {len(records)} of {len(study.cases())} cases, model "
         f"{study.model}, scores {study.criterion} on c4, at most {study.minutes:g} minutes each, "
         f"{torch.get_num_threads()} threads, seed {study.seed}. Perplexity: {conditions}. Average: the seven "
-        f"tasks, {study.zero_shot_limit} items each.",
+        f"tasks, {study.zero_shot_limit} items each (0: not measured).",
         table(records),
         verdict(records),
         "The row on wikitext2 is no recovery: it learnt from text of the test's own kind.",

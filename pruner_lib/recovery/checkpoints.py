@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from pruner_lib.recovery.errors import RecoveryError
+from pruner_lib.recovery.recording import add_up
 
 if TYPE_CHECKING:
     from pruner_lib.recovery.recording import Recorder
@@ -104,17 +105,19 @@ class Checkpointer(TrainerCallback):
         """Write one if it is due. The last step needs none: its result is about to be returned."""
         if state.global_step % self._every or state.global_step >= state.max_steps:
             return
-        randoms = _gathered(_random_state(), args.world_size)
-        if not state.is_world_process_zero:
-            return
-        tensors, document = self._content(kwargs["optimizer"], kwargs["lr_scheduler"])
-        for process, (tensor_states, plain) in enumerate(randoms):
-            tensors.update({f"random/{process}/{name}": value for name, value in tensor_states.items()})
-            document["random"].append(plain)
-        try:
-            _write(self._folder, state, tensors, document)
-        except Exception as error:  # a full disk is an error of safetensors' own, too
-            raise CannotWriteCheckpoint(str(error)) from error
+        randoms, problem = _gathered(_random_state(), args.world_size), None
+        if state.is_world_process_zero:
+            tensors, document = self._content(kwargs["optimizer"], kwargs["lr_scheduler"])
+            for process, (tensor_states, plain) in enumerate(randoms):
+                tensors.update({f"random/{process}/{name}": value for name, value in tensor_states.items()})
+                document["random"].append(plain)
+            try:
+                _write(self._folder, state, tensors, document)
+            except Exception as error:  # a full disk is an error of safetensors' own, too
+                problem = error
+        # The other processes must stop as well, or they would wait for the first one for ever.
+        if add_up(torch.tensor([float(problem is not None)])).item():
+            raise CannotWriteCheckpoint(str(problem or "the first process could not")) from problem
 
     def _content(self, optimizer: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"weight/{name}": parameter.detach() for name, parameter in self._parameters.items()}
