@@ -124,8 +124,8 @@ def run(code: str, *arguments: str) -> list:
 
 @pytest.mark.parametrize("exchange", ["one step", "two renames"])
 def test_killed_at_every_step_the_old_or_the_new_checkpoint_is_whole(tmp_path: Path, exchange: str) -> None:
-    outcomes, last, left = run(KILLS, str(tmp_path), exchange, "8")
-    every_step, random = outcomes[:-8], outcomes[-8:]
+    outcomes, last, left = run(KILLS, str(tmp_path), exchange, "5")
+    every_step, random = outcomes[:-5], outcomes[-5:]
     assert [outcome for outcome, _ in every_step] == ["killed"] * (len(every_step) - 1) + ["done"]
     counts = Counter(changed for _, changed in every_step)
     assert counts[0] > (30 if exchange == "one step" else 5), "before the swap the old one stays"
@@ -140,7 +140,7 @@ FULL_DISK = (
     + """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save(0)
-for limit in (0, 1, 100, 700, 1500, 5_000, 20_000, 60_000, 100_000, 1 << 30):
+for limit in (0, 100, 1500, 20_000, 100_000, 1 << 30):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         save(1)
