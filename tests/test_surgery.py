@@ -274,3 +274,12 @@ def test_a_cut_that_nothing_confirms_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(surgery, "find_difference", refuse)
     with pytest.raises(PruningError, match=r"cannot cut mlp_neuron.*is not there"):
         cut(tiny(), {"layers.0.mlp_neuron": [0]})
+
+
+def test_a_size_that_means_two_things_is_told_from_the_softmax_scale():
+    """8 query heads on 4 KV heads of 4 channels: 3 KV heads, not 3 channels."""
+    model = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    removal = {f.name: [1] for f in discover(model).select(kind="attention_head")}
+    cut = prune(model, PruningPlan.from_removal(discover(model), removal))
+    config = cut.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 3, 4)

@@ -84,6 +84,7 @@ def find_blueprint(model: nn.Module, plan: PruningPlan, target: Shapes) -> tuple
     dense = search.build({})
     if dense is None or shapes_of(dense.model) != search.shapes:
         return None
+    search.dense = dense
     widths = search.solve(profiles(plan, model.config.num_hidden_layers))
     cut = None if widths is None else search.build(widths)
     if cut is None or shapes_of(cut.model) != target or not _same_constants(dense.model, cut.model):
@@ -99,6 +100,7 @@ class _Search:
         self.config = copy.deepcopy(model.config)
         self.shapes = shapes_of(model)
         self.target = target
+        self.dense: Blueprint
         self.layers = range(self.config.num_hidden_layers)
         self.values = {layer: vars(self.config.per_layer_config[layer]) for layer in self.layers}
 
@@ -137,7 +139,9 @@ class _Search:
             if blueprint is None:
                 continue
             shapes = shapes_of(blueprint.model)
-            if self._on_the_way(shapes) and self._is_settled(profile, shapes):
+            fits = self._on_the_way(shapes) and self._is_settled(profile, shapes)
+            # With 4 KV heads of 4 channels, 3 channels give the right shapes and a wrong softmax scale.
+            if fits and _same_constants(self.dense.model, blueprint.model):
                 return together, shapes
         return None
 
