@@ -4,6 +4,7 @@
 #   make walkthrough MODEL=… DEVICE=…     the same on a hub id or folder, on another device
 #   make lab                              JupyterLab on the first notebook
 #   make test                             the whole test suite, then every notebook under nbval
+#   make notebooks                        execute the committed notebooks in place
 #
 # PYTHON=… picks the interpreter (3.11 or newer), VENV=… the environment's folder.
 
@@ -23,7 +24,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup assets walkthrough lab test lint typecheck clean
+.PHONY: help setup assets walkthrough lab test notebooks lint typecheck clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,8 +54,13 @@ ifneq ($(NOTEBOOKS),)
 	"$(BIN)/python" -m pytest --nbval --nbval-current-env notebooks
 endif
 
+notebooks: assets
+	"$(BIN)/jupyter" nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	"$(BIN)/python" docs/readme.py
+
 lint: $(STAMP)
 	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
 
 typecheck: $(STAMP)
 	"$(BIN)/mypy"

@@ -91,7 +91,6 @@ def test_an_altered_width(folder: Path) -> None:
         load_pruned(folder)
 
 
-
 def changed(path: Path) -> None:
     """One digit differs; the length stays, and JSON stays JSON."""
     data = bytearray(path.read_bytes())

@@ -72,11 +72,11 @@ def test_smollm2_s_accuracies_are_the_harness_s(default_model):
 @pytest.mark.real_model
 def test_smollm2_s_perplexity_is_llama_cpp_s(default_model):
     """The GGUF file that the model was converted from; llama.cpp rounds activations to 8 bits."""
-    pytest.importorskip("xllamacpp")
-    runner = pytest.importorskip("pruner_lib.checkpoint.llama_cpp")
+    from pruner_lib.checkpoint.llama_cpp import LlamaCpp
+
     model, tokenizer = default_model
     ids = tokenizer(load_text("wikitext2", "test")[:2000], add_special_tokens=False)["input_ids"][:192]
     windows = torch.tensor(ids).view(3, 64)
-    with runner.LlamaCpp(fetch("SmolLM2-135M-Instruct")) as engine:
+    with LlamaCpp(fetch("SmolLM2-135M-Instruct")) as engine:
         theirs = engine.perplexity(windows)
     assert float(perplexity(model, None, windows, seq_len=64)) == pytest.approx(theirs, rel=0.01)

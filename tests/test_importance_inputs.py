@@ -103,9 +103,7 @@ def test_activation_of_a_neuron_is_the_mean_input_of_what_reads_it():
     scores = estimate_importance(model, dependencies, tokens, criterion="activation", families=families)
     inputs = stored_inputs(model, tokens)
     ((_, neurons),) = inputs["model.layers.0.mlp.down_proj.weight"]
-    torch.testing.assert_close(
-        scores[families[0]], torch.from_numpy(abs(neurons).mean(0)), rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(scores[families[0]], torch.from_numpy(abs(neurons).mean(0)), rtol=1e-9, atol=0)
     ((_, mixed),) = inputs["model.layers.0.self_attn.o_proj.weight"]
     by_head = torch.from_numpy(abs(mixed).mean(0)).view(3, 8).mean(1)  # two query heads of four channels
     torch.testing.assert_close(scores[families[1]], by_head, rtol=1e-9, atol=0)

@@ -53,9 +53,7 @@ def test_only_the_layer_and_what_follows_is_computed(family):
 
         return hook
 
-    handles = [
-        layer.mlp.register_forward_pre_hook(count(n)) for n, layer in enumerate(model.model.layers)
-    ]
+    handles = [layer.mlp.register_forward_pre_hook(count(n)) for n, layer in enumerate(model.model.layers)]
     measure_importance(model, dependencies, tokens, family)
     for handle in handles:
         handle.remove()
