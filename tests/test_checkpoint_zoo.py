@@ -53,14 +53,19 @@ print(json.dumps([raised, any(name.split(".")[0] == "pruner_lib" for name in sys
 """
 
 
-def removal(dependencies: DependencyMap, kinds: tuple[str, ...], layers: tuple[int, ...] | None) -> dict:
-    """The second group of each family, of query heads the first in each KV group."""
-    chosen = {}
-    for kind in kinds:
-        for family in dependencies.select(kind=kind):
-            if family.size > 1 and (layers is None or family.layer in layers):
-                chosen[family.name] = [1]
-    return chosen
+def removal(
+    dependencies: DependencyMap,
+    kinds: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    groups: tuple[int, ...] = (1,),
+) -> dict:
+    """The same groups of each family that has more."""
+    return {
+        family.name: list(groups)
+        for kind in kinds
+        for family in dependencies.select(kind=kind)
+        if family.size > max(groups) and (layers is None or family.layer in layers)
+    }
 
 
 @torch.no_grad()
@@ -107,7 +112,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     for name in sorted(set(CONFIGURATIONS) - {*SAYS, *SAYS_NOTHING}):
         model = tiny(name, torch.float32)
         dependencies = discover(model)
-        chosen = removal(dependencies, ("mlp_neuron",), None)
+        # Four at a time: torch multiplies experts only where a row takes a multiple of 16 bytes.
+        chosen = removal(dependencies, ("mlp_neuron",), None, (0, 1, 2, 3))
         with contextlib.suppress(CheckpointError, PruningError):  # it cannot be said: not tried
             pruned = prune(model, PruningPlan.from_removal(dependencies, chosen))
             save_pruned(pruned, place / f"{name}-tried")
@@ -119,9 +125,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     result.before["llama-biased-varying"] = logits(pruned)
     folders = [str(place / folder) for folder in result.before]
     plain, refused, result.library_seen = opened_elsewhere(folders, place / "plain.pt", "")
-    varying = [folder for folder in folders if folder.endswith("varying")]
+    varying = [folder for folder in folders if folder.endswith("varying") or folder in refused]
     imported, failed, _ = opened_elsewhere(varying, place / "imported.pt", "import pruner_lib\n")
-    assert not failed
+    assert not failed, failed
     result.plain = {Path(folder).name: found for folder, found in plain.items()}
     result.refused = {Path(folder).name: why for folder, why in refused.items()}
     result.imported = {Path(folder).name: found for folder, found in imported.items()}
@@ -166,9 +172,13 @@ def test_an_architecture_whose_configuration_cannot_say_it_is_refused(name: str,
 def test_what_saves_opens_in_architectures_that_are_not_listed(saved: Saved) -> None:
     assert {*SAYS, *SAYS_NOTHING} <= set(CONFIGURATIONS)
     others = {folder: found for folder, found in saved.before.items() if folder.endswith("-tried")}
+    opened = {**saved.imported, **saved.plain}
     wrong = {
         folder: saved.refused.get(folder, "other logits")
         for folder, found in others.items()
-        if folder not in saved.plain or not torch.equal(saved.plain[folder], found)
+        if folder not in opened or not torch.allclose(opened[folder], found, atol=1e-5)
     }
     assert wrong == {}
+    # Only where some layers have no dense MLP does the same share of all neurons differ between layers.
+    needs_import = {folder.removesuffix("-tried") for folder in set(others) - set(saved.plain)}
+    assert all(name.startswith("deepseek") for name in needs_import)

@@ -52,12 +52,8 @@ ALL = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in 
 def test_a_plan_costs_what_the_cut_model_costs(name):
     model = tiny(name).to("meta")
     plan = mixed_plan(discover(model), seed=len(name))
-    if name in (
-        "gpt_bigcode",
-        "stablelm",
-        "gptj",
-        "phi",
-    ):  # everything at once is more than their code can say
+    if name in ("gpt_bigcode", "stablelm", "gptj", "phi", "deepseek_v3", "deepseek_v3_groups"):
+        # Everything at once is more than their code can say.
         neurons = {family: groups for family, groups in plan.removal.items() if "mlp_neuron" in family}
         plan = PruningPlan.from_removal(plan.dependencies, neurons)
     cut = prune(model, plan)

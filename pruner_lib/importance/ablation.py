@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pruner_lib.discovery.families import GroupFamily
 from pruner_lib.discovery.grouping import layer_list, layer_of

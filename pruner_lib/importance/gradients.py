@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pruner_lib.importance.calibration import check_finite, token_losses
 from pruner_lib.importance.chain import (

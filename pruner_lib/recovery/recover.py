@@ -30,7 +30,7 @@ from pruner_lib.recovery.recording import HeldOut, LossIsNotFinite, OnStep, Prog
 from pruner_lib.recovery.result import RecoveryResult
 from pruner_lib.recovery.settings import RecoverySettings
 from pruner_lib.recovery.teachers import ModelTeacher, Teacher, TeacherLogits, digest, open_teacher
-from pruner_lib.recovery.training import Engine, Objective, own_random_state, quiet, training_arguments
+from pruner_lib.recovery.training import Objective, own_random_state, quiet, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,6 +203,8 @@ def _train(
     progress: bool,
 ) -> Exception | None:
     """Run the trainer; returns why it stopped before its time, or None when all went well."""
+    from pruner_lib.recovery.engine import Engine
+
     settings = run.settings
     device = next(trained.parameters()).device
     bar = Progress(recorder)
