@@ -88,11 +88,11 @@ def test_the_tokenizer_in_the_file_splits_text_alike(exported: tuple[Any, Any, P
 
 def test_eight_bits_cost_little(default_model: Any) -> None:
     model, tokenizer = default_model
-    ids = tokenizer(load_text("wikitext2", "test")[:2000], add_special_tokens=False)["input_ids"]
-    windows = torch.tensor(ids[:64]).reshape(2, 32)
+    ids = tokenizer(load_text("wikitext2", "test")[:4000], add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[:512]).reshape(8, 64)  # over 64 tokens, chance alone moves it by 2 to 5 %
     (found,) = measure_gguf(model, tokenizer, windows, dtypes=["q8_0"])
     assert found.bytes < 0.28 * sum(4 * parameter.numel() for parameter in model.parameters())
-    expected = float(perplexity(model, None, windows, seq_len=32))
+    expected = float(perplexity(model, None, windows, seq_len=64))
     assert found.perplexity == pytest.approx(expected, rel=0.02)
 
 

