@@ -48,29 +48,31 @@ def test_activation_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
-def compare_with_compiled(backend):
+def distance_to_compiled(backend):
+    """Largest difference of logits, as a share of the largest logit."""
     model = pruned_in_every_way().float().eval()
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
         found, expected = compiled(tokens()).logits, model(tokens()).logits
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def test_it_compiles():
-    compare_with_compiled("aot_eager")
+    assert distance_to_compiled("aot_eager") < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_it():
     """In a process of its own: setuptools, which it imports, refuses to follow an import of distutils."""
-    code = "from test_plan_ordinary import compare_with_compiled; compare_with_compiled('inductor')"
+    code = "from test_plan_ordinary import distance_to_compiled; print(distance_to_compiled('inductor'))"
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 1e-4
 
 
 def test_it_moves_between_dtypes_and_devices():
@@ -105,7 +107,7 @@ def test_copies_are_independent_and_equal():
 
 
 def test_pruned_again_and_again():
-    """Four rounds of a quarter each; every round is exact against zeroing."""
+    """Three rounds of a quarter each; every round is exact against zeroing."""
     model = tiny("llama", num_attention_heads=8, num_key_value_heads=4)
     for seed in range(3):
         dependencies = discover(model)
