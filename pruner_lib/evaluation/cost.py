@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -14,38 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruner_lib.discovery.tracing import meta_copy
 from pruner_lib.evaluation.running import EvaluationError, context_length
+from pruner_lib.pruning.costs import Cost
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Size and work of one forward pass.
-
-    Attributes:
-        params: parameters; a tied one counts once.
-        macs: multiply-accumulates of a forward pass at ``batch_size`` × ``seq_len`` tokens.
-        weight_bytes: bytes of the parameters in the dtype they are in.
-        kv_cache_bytes_per_token: what the KV cache grows by per token of one sequence; None for a
-            model that keeps no such cache.
-        batch_size: sequences of the counted pass.
-        seq_len: tokens of each.
-    """
-
-    params: int
-    macs: int
-    weight_bytes: int
-    kv_cache_bytes_per_token: int | None
-    batch_size: int = 1
-    seq_len: int = 64
-
-    def __str__(self) -> str:
-        cache = self.kv_cache_bytes_per_token
-        return (
-            f"{self.params / 1e6:,.2f} M parameters, {self.macs / 1e9:,.2f} G multiply-accumulates at "
-            f"{self.batch_size} × {self.seq_len} tokens, {self.weight_bytes / 2**20:,.1f} MiB of weights, "
-            f"{'no KV cache' if cache is None else f'{cache:,} bytes of KV cache per token'}"
-        )
 
 
 def count_cost(model: nn.Module, *, batch_size: int = 1, seq_len: int = 64) -> Cost:

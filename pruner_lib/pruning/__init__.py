@@ -1,6 +1,6 @@
 """Pruning: plans, and the cut that follows them."""
 
-from .costs import PlannedCost
+from .costs import Cost
 from .depth import DropStep, drop_greedily, plan_layers, prune_layers, score_layers
 from .errors import PruningError
 from .plan import PruningPlan
@@ -13,9 +13,9 @@ from .surgery import prune
 
 __all__ = [
     "PRESETS",
+    "Cost",
     "DropStep",
     "GlobalRanking",
-    "PlannedCost",
     "Preset",
     "PruningError",
     "PruningPlan",

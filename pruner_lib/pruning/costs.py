@@ -21,15 +21,15 @@ _MEMO = "_cost_terms"
 
 
 @dataclass(frozen=True)
-class PlannedCost:
-    """The cost that a plan will leave, by the names and in the units of ``count_cost``.
+class Cost:
+    """Size and work of one forward pass: what ``count_cost`` counts, and what a plan says it will leave.
 
     Attributes:
-        params: weights and biases; tied ones count once.
-        macs: multiply-accumulates of one forward pass over ``batch_size`` × ``seq_len`` tokens.
-        weight_bytes: of the parameters, at the dtype of the model that was discovered.
-        kv_cache_bytes_per_token: keys and values of all layers for one token; None for a model
-            that keeps no such cache.
+        params: parameters; a tied one counts once.
+        macs: multiply-accumulates of a forward pass at ``batch_size`` × ``seq_len`` tokens.
+        weight_bytes: bytes of the parameters in the dtype they are in.
+        kv_cache_bytes_per_token: what the KV cache grows by per token of one sequence; None for a
+            model that keeps no such cache.
         batch_size: sequences of the counted pass.
         seq_len: tokens of each.
     """
@@ -40,6 +40,14 @@ class PlannedCost:
     kv_cache_bytes_per_token: int | None
     batch_size: int = 1
     seq_len: int = 64
+
+    def __str__(self) -> str:
+        cache = self.kv_cache_bytes_per_token
+        return (
+            f"{self.params / 1e6:,.2f} M parameters, {self.macs / 1e9:,.2f} G multiply-accumulates at "
+            f"{self.batch_size} × {self.seq_len} tokens, {self.weight_bytes / 2**20:,.1f} MiB of weights, "
+            f"{'no KV cache' if cache is None else f'{cache:,} bytes of KV cache per token'}"
+        )
 
 
 class CostSum:
@@ -129,13 +137,13 @@ class CostTerms:
 
     def planned(
         self, removal: Mapping[str, Any], dropped: Collection[str], *, batch_size: int, seq_len: int
-    ) -> PlannedCost:
+    ) -> Cost:
         """The cost after a removal and without the modules at ``dropped``."""
         for label, value in (("batch_size", batch_size), ("seq_len", seq_len)):
             if value < 1:
                 raise ValueError(f"{label} must be at least 1, not {value}")
         cache = self.cache(batch_size, seq_len)
-        return PlannedCost(
+        return Cost(
             params=self.params(removal, dropped),
             macs=self.macs(batch_size, seq_len)(removal, dropped),
             weight_bytes=self.weight_bytes(removal, dropped),
@@ -184,4 +192,4 @@ def _shared(axis: Axis, known: dict[Any, Axis]) -> Axis:
     return known.setdefault(key, axis)
 
 
-__all__ = ["CostSum", "CostTerms", "PlannedCost", "cost_terms"]
+__all__ = ["Cost", "CostSum", "CostTerms", "cost_terms"]

@@ -17,7 +17,7 @@ import torch
 
 from pruner_lib.discovery.families import GroupFamily, Removal
 from pruner_lib.importance.storage import write_whole
-from pruner_lib.pruning.costs import PlannedCost, cost_terms
+from pruner_lib.pruning.costs import Cost, cost_terms
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.units import checked_units, depth_units, without_dropped
 from pruner_lib.pruning.validation import checked_removal
@@ -211,7 +211,7 @@ class PruningPlan:
         others = {*self.dependencies.aliases, *self.dependencies.buffers}
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in others)
 
-    def cost(self, *, batch_size: int = 1, seq_len: int = 64) -> PlannedCost:
+    def cost(self, *, batch_size: int = 1, seq_len: int = 64) -> Cost:
         """What the plan will leave, exactly, without cutting anything: what ``count_cost`` will say.
 
         The first call for one model and one size of batch traces the model (about two seconds at 7B);
@@ -232,7 +232,7 @@ class PruningPlan:
         return terms.planned(self.removal, dropped, batch_size=batch_size, seq_len=seq_len)
 
     @property
-    def dense_cost(self) -> PlannedCost:
+    def dense_cost(self) -> Cost:
         """The cost of the model before the cut, at 1 × 64 tokens."""
         return PruningPlan(removal={}, dependencies=self.dependencies).cost()
 
@@ -352,7 +352,7 @@ def _check_same_model(path: Path, document: Mapping[str, Any], dependencies: Dep
         )
 
 
-def _compared(dense: PlannedCost, cut: PlannedCost) -> str:
+def _compared(dense: Cost, cut: Cost) -> str:
     """One line: multiply-accumulates, weights and KV cache, before and after."""
     parts = [
         f"{dense.macs / 1e9:,.2f} -> {cut.macs / 1e9:,.2f} G multiply-accumulates at {cut.batch_size} × "
