@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .families import Removal
+from .families import CoupledSlice, Removal
 from .grouping import Grouping, pair_keys, siblings
 from .state import Event, Trace
 
@@ -191,3 +192,27 @@ def zero_groups(dependencies: DependencyMap, model: nn.Module, removal: Removal)
         else:
             vars(module)["forward"] = _ForwardOverKept(module.forward, kept, width, axis, competes)
     return zeroed
+
+
+@contextmanager
+def zeroed_in_place(
+    tensors: Mapping[str, torch.Tensor], pieces: Iterable[tuple[CoupledSlice, Sequence[int]]]
+) -> Iterator[None]:
+    """Zero groups in the model itself, and put them back bit for bit on the way out.
+
+    Args:
+        tensors: the model's parameters and buffers by name, tied ones under each of theirs.
+        pieces: slices, each with the groups of it to zero.
+    """
+    saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad():
+        try:
+            for piece, groups in pieces:
+                tensor = tensors[piece.parameter]
+                index = torch.from_numpy(piece.of(groups)).to(tensor.device)
+                saved.append((tensor, piece.dim, index, tensor.index_select(piece.dim, index)))
+                tensor.index_fill_(piece.dim, index, 0)
+            yield
+        finally:
+            for tensor, dim, index, values in reversed(saved):
+                tensor.index_copy_(dim, index, values)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from pruner_lib.discovery.families import GroupFamily
 from pruner_lib.discovery.grouping import layer_list, layer_of
+from pruner_lib.discovery.zeroing import zeroed_in_place
 from pruner_lib.importance.calibration import (
     check_batches,
     check_finite,
@@ -169,7 +169,7 @@ class _Ablation:
                 copy = self.dependencies.zero(self.model, {self.family.name: [group]}).eval()
                 changes[place] = mean_loss(copy, pieces) - dense
             else:
-                with zeroed_in_place(self.tensors, self.family, group):
+                with zeroed_in_place(self.tensors, [(piece, [group]) for piece in self.family.slices]):
                     changes[place] = mean_loss(self.model, pieces) - dense
             bar.update(len(pieces))
         return changes
@@ -194,7 +194,7 @@ class _Ablation:
         """Losses ``[groups, n]`` of one micro-batch."""
         outputs = []
         for group in groups:
-            with zeroed_in_place(self.tensors, self.family, group):
+            with zeroed_in_place(self.tensors, [(piece, [group]) for piece in self.family.slices]):
                 outputs.append(found.calls[layer](found.hidden[layer]))
         with starting_after(found.calls, layer, torch.cat(outputs)):
             losses = token_losses(self.model, piece.repeat(len(groups), 1)).view(len(groups), len(piece))
@@ -204,20 +204,3 @@ class _Ablation:
                 f"the loss is not finite once group {bad} of {self.family.name} is zeroed; no scores made"
             )
         return losses
-
-
-@contextmanager
-def zeroed_in_place(tensors: Mapping[str, Tensor], family: GroupFamily, group: int) -> Iterator[None]:
-    """Zero one group's slices in the model itself and put them back, bit for bit, on the way out."""
-    saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    with torch.no_grad():
-        try:
-            for piece in family.slices:
-                tensor = tensors[piece.parameter]
-                index = torch.from_numpy(piece.of([group])).to(tensor.device)
-                saved.append((tensor, piece.dim, index, tensor.index_select(piece.dim, index)))
-                tensor.index_fill_(piece.dim, index, 0)
-            yield
-        finally:
-            for tensor, dim, index, values in reversed(saved):
-                tensor.index_copy_(dim, index, values)

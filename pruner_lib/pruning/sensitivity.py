@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap
+from pruner_lib.discovery.zeroing import zeroed_in_place
 from pruner_lib.importance.calibration import check_batches, mean_loss, micro_batches, untouched
 from pruner_lib.importance.storage import write_whole
 from pruner_lib.pruning.ladders import Scores
@@ -219,28 +218,11 @@ def _perplexity_without(
     if any(dependencies.family(name).normed_by for name in removal):
         loss = mean_loss(dependencies.zero(model, removal).eval(), pieces)  # its norms look past the groups
     else:
-        with _zeroed(model, dependencies, removal):
+        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        tensors.update(model.named_buffers(remove_duplicate=False))
+        families = ((dependencies.family(name), groups) for name, groups in removal.items())
+        with zeroed_in_place(
+            tensors, [(piece, groups) for family, groups in families for piece in family.slices]
+        ):
             loss = mean_loss(model, pieces)
     return math.exp(min(loss, 700.0))
-
-
-@contextmanager
-def _zeroed(
-    model: nn.Module, dependencies: DependencyMap, removal: Mapping[str, Sequence[int]]
-) -> Iterator[None]:
-    """Zero groups in the model itself, and put them back bit for bit on the way out."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    with torch.no_grad():
-        try:
-            for name, groups in removal.items():
-                for piece in dependencies.family(name).slices:
-                    tensor = tensors[piece.parameter]
-                    index = torch.from_numpy(piece.of(groups)).to(tensor.device)
-                    saved.append((tensor, piece.dim, index, tensor.index_select(piece.dim, index)))
-                    tensor.index_fill_(piece.dim, index, 0)
-            yield
-        finally:
-            for tensor, dim, index, values in reversed(saved):
-                tensor.index_copy_(dim, index, values)
