@@ -6,6 +6,7 @@ Every widget is a box with its controls as attributes, so that a test or a cell 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,9 @@ class Panel(widgets.VBox):
         except (ValueError, IndexError, KeyError) as error:
             self.text.value, self.picture.value = f"<b>Not possible:</b> {escape(str(error))}", ""
 
+    @abstractmethod
     def show(self) -> None:
-        raise NotImplementedError
+        """What the controls say now, into ``text`` and ``picture``."""
 
 
 def _slider(label: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
