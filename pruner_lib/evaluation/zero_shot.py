@@ -43,8 +43,8 @@ class ZeroShotOptions:
 
     Attributes:
         batch_tokens: tokens of one batch, padding included; lower it when memory is short.
-        dtype: ``bfloat16`` (or ``float16``) computes under autocast with the weights as they are,
-            about twice as fast on a CPU that has it; None computes in the model's own dtype.
+        dtype: ``bfloat16`` (or ``float16``) computes under autocast with the weights as they are; of
+            use only where the device has it in hardware. None computes in the model's own dtype.
         truncate: cut a context that is too long from the left, as the harness does, instead of
             refusing; the result says how many were cut.
         device: where the model must be, such as ``cuda``; None takes it where it is.

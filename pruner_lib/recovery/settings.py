@@ -61,7 +61,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """Settings of recovery; the defaults take a minute or two for 135M parameters on two cores.
+    """Settings of recovery; the defaults take a few minutes for 135M parameters on two cores.
 
     LoRA replaces W x by W x + (alpha / rank) · B A x, with A ``[rank, in]`` and B ``[out, rank]`` trained
     and W frozen. B starts at zero, so nothing changes before the first step. ``method="full"`` trains
