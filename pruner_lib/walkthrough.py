@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pruner_lib.assets import DEFAULT_MODEL, AssetError, workspace
+from pruner_lib.assets.files import write_whole
 from pruner_lib.assets.models import locate_model, resolve_device
 
 _SEQUENCE = re.compile(r"0[0-5]_.*\.ipynb")
@@ -129,9 +129,7 @@ def _completed(output: Path, steps: Sequence[tuple[Path, str]]) -> list[str]:
 
 
 def _write_state(output: Path, done: Sequence[str], *, finished: bool) -> None:
-    part = output / f"{_STATE}.part"
-    part.write_text(json.dumps({"done": list(done), "finished": finished}) + "\n", encoding="utf-8")
-    os.replace(part, output / _STATE)
+    write_whole(output / _STATE, json.dumps({"done": list(done), "finished": finished}) + "\n")
 
 
 def _execute(walkthrough: Walkthrough, notebook: Path) -> None:
@@ -162,10 +160,7 @@ def _export_html(executed: Path) -> None:
     from nbconvert import HTMLExporter
 
     page, _ = HTMLExporter().from_filename(str(executed))
-    target = executed.with_suffix(".html")
-    part = target.with_suffix(".html.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, target)
+    write_whole(executed.with_suffix(".html"), page)
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ from pruner_lib import (
     save_pruned,
 )
 from pruner_lib.assets import DEFAULT_MODEL, AssetError
-from pruner_lib.importance.storage import write_whole
+from pruner_lib.assets.files import write_whole
 from pruner_lib.recovery import Distillation, RecoverySettings
 from pruner_lib.recovery.self_generated import SelfGeneration, self_generated_data
 from pruner_lib.recovery.sources import load_instructions

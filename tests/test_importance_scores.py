@@ -74,7 +74,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pruner_lib.importance.storage.os.replace", full_disk)
+    monkeypatch.setattr("pruner_lib.assets.files.os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         scores_of(a=[2.0]).save(path)
     assert path.read_text() == old and len(list(tmp_path.iterdir())) == 1

@@ -54,6 +54,41 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A sibling to write that takes the name of ``path`` when all went well, and is gone otherwise.
+
+    So no reader sees half a file, and an old one at ``path`` stays whole.
+
+    Args:
+        path: the file to write or replace; its folder must exist.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes it private; a result is an ordinary file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file, encoded as UTF-8, whole or not at all; see :func:`whole_file`.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OSError: the folder is missing or full; an old file at ``path`` is still whole.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextmanager
 def temporary_folder(beside: Path) -> Iterator[Path]:
     """A folder on the same file system as ``beside``, gone afterwards whatever happens."""
     beside.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +108,11 @@ def replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         with temporary_folder(target) as aside:
             os.replace(target, aside / "old")
-            os.replace(source, target)
+            try:
+                os.replace(source, target)
+            except BaseException:
+                os.replace(aside / "old", target)
+                raise
         return
     try:
         os.replace(source, target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from transformers import PreTrainedModel
 
+from pruner_lib.assets.files import whole_file
 from pruner_lib.checkpoint.errors import CheckpointError
 from pruner_lib.checkpoint.gguf_layout import LayerWidths, Layout, describe, interleaved
 from pruner_lib.checkpoint.gguf_tokenizer import read_vocabulary
@@ -68,19 +68,15 @@ def export_gguf(
     tensors = _named_tensors(model, layout)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
     writer = gguf.GGUFWriter(None, layout.architecture)
-    try:
-        _add_fields(writer, layout, model, dtype)
-        vocabulary.write(writer)
-        _write(writer, Path(temporary), tensors, layout, dtype)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a result is an ordinary file
-        os.replace(temporary, target)
-    except BaseException:
-        _close_quietly(writer)
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(target) as temporary:
+        try:
+            _add_fields(writer, layout, model, dtype)
+            vocabulary.write(writer)
+            _write(writer, temporary, tensors, layout, dtype)
+        except BaseException:
+            _close_quietly(writer)
+            raise
     return target
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.evaluation.cost import Cost
 from pruner_lib.evaluation.generation import GenerationTable
 from pruner_lib.evaluation.latency import LatencyTable
@@ -17,7 +18,6 @@ from pruner_lib.evaluation.perplexity import Perplexity
 from pruner_lib.evaluation.running import EvaluationError
 from pruner_lib.evaluation.tables import html_table, markdown_table, text_table
 from pruner_lib.evaluation.zero_shot_result import Estimate, ZeroShotResult
-from pruner_lib.importance.storage import write_whole
 
 _SCHEMA = 1
 _COUNTS = ("params", "macs", "weight_bytes")

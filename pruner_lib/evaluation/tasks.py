@@ -12,10 +12,9 @@ from typing import Any
 
 from pruner_lib.assets.errors import AssetError
 from pruner_lib.assets.fetching import fetch
-from pruner_lib.assets.files import cache_folder
+from pruner_lib.assets.files import cache_folder, write_whole
 from pruner_lib.assets.manifest import load_manifest
 from pruner_lib.evaluation.running import EvaluationError
-from pruner_lib.importance.storage import write_whole
 
 DATA_SOURCES = ("auto", "package", "hub")
 

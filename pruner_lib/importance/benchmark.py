@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery import DependencyMap, discover
 from pruner_lib.importance.calibration import progress_bar, token_losses, untouched
 from pruner_lib.importance.chain import decoder_layers
 from pruner_lib.importance.estimate import estimate_importance
 from pruner_lib.importance.gradients import handing_over
-from pruner_lib.importance.storage import write_whole
 
 BLOCKS = ("attention_head", "mlp_neuron")
 Run = Callable[[], Any]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery.families import UnknownFamilyError
-from pruner_lib.importance.storage import write_whole
 
 FORMAT = "pruner_lib.importance_scores"
 VERSION = 1

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.importance.ablation import loss_changes
 from pruner_lib.importance.calibration import check_finite, token_losses, untouched
@@ -32,7 +33,6 @@ from pruner_lib.importance.gradients import handing_over
 from pruner_lib.importance.inputs import InputWatch
 from pruner_lib.importance.parallel import Share
 from pruner_lib.importance.scoring import ByDim, index_scores
-from pruner_lib.importance.storage import write_whole
 
 Draw = Callable[..., Tensor]  # (source, split, num_samples, seq_len, seed) to token ids
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.importance.grading import overlap_of_lowest
 from pruner_lib.importance.scores import spearman
-from pruner_lib.importance.storage import write_whole
 
 if TYPE_CHECKING:
     from pruner_lib.importance.study import Study

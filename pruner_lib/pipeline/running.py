@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pruner_lib import evaluation
 from pruner_lib.assets import TEXT_SOURCES, load_calibration, load_model, load_text
+from pruner_lib.assets.files import write_whole
 from pruner_lib.checkpoint import load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, discover
 from pruner_lib.evaluation import evaluate
 from pruner_lib.importance import ImportanceScores, estimate_importance
-from pruner_lib.importance.storage import write_whole
 from pruner_lib.pipeline.config import PipelineConfig, PipelineError
 from pruner_lib.pruning import PruningPlan, plan_pruning, prune
 from pruner_lib.recovery import InterruptedRecoveryError, RecoveryResult, recover

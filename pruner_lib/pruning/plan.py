@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery.families import GroupFamily, Removal
-from pruner_lib.importance.storage import write_whole
 from pruner_lib.pruning.costs import Cost, cost_terms
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.units import checked_units, depth_units, without_dropped

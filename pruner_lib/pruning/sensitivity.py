@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery import DependencyMap
 from pruner_lib.discovery.zeroing import zeroed_in_place
 from pruner_lib.importance.calibration import check_batches, mean_loss, micro_batches, untouched
-from pruner_lib.importance.storage import write_whole
 from pruner_lib.pruning.ladders import Scores
 from pruner_lib.pruning.planning import plan_pruning
 

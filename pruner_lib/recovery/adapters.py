@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pruner_lib.importance.storage import write_whole
+from pruner_lib.assets.files import replace_folder, temporary_folder, write_whole
 from pruner_lib.recovery.errors import RecoveryError
 from pruner_lib.recovery.settings import RecoverySettings
 
@@ -241,25 +239,15 @@ def save_adapter(adapted: PeftModel, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "adapter"
-    part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
-    try:
+    with temporary_folder(target) as scratch:
+        part = scratch / "adapter"
         adapted.save_pretrained(str(part))
         layers = {
             name.removeprefix("base_model.model."): layer.get_base_layer().weight
             for name, layer in _adapted_layers(adapted)
         }
         write_whole(part / _BASE_FILE, json.dumps({n: _describe(w) for n, w in layers.items()}, indent=1))
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter-old.")) / "adapter"
-            os.replace(target, old)
-            os.replace(part, target)
-            shutil.rmtree(old.parent)
-        else:
-            os.replace(part, target)
-        target.chmod(0o755)  # mkdtemp makes it private; a result is an ordinary folder
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        replace_folder(part, target)
     return target
 
 

@@ -25,8 +25,8 @@ from torch import nn
 
 from pruner_lib.assets import DEFAULT_MODEL, load_model, workspace
 from pruner_lib.assets.errors import AssetError
+from pruner_lib.assets.files import write_whole
 from pruner_lib.importance.calibration import untouched
-from pruner_lib.importance.storage import write_whole
 from pruner_lib.recovery.checkpoints import model_digest
 from pruner_lib.recovery.data import instruction_prompt
 from pruner_lib.recovery.errors import RecoveryError

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pruner_lib.assets.files import whole_file
 from pruner_lib.importance.calibration import untouched
 from pruner_lib.recovery.data import Example, TrainingData, collate
 from pruner_lib.recovery.errors import RecoveryError
@@ -192,18 +191,9 @@ def precompute_teacher(
         "format": _FORMAT, "temperature": repr(float(settings.distillation.temperature)), "top_k": str(top_k),
         "vocabulary": str(vocabulary), "examples": digest(examples),
     }  # fmt: skip
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(Path(path)) as temporary:
         save_file(tensors, temporary, notes)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return TeacherLogits.open(path)
+    return TeacherLogits.open(Path(path))
 
 
 def _likeliest(
