@@ -268,3 +268,22 @@ def test_replace_folder_replaces_whole_and_temporary_folder_cleans_up(tmp_path):
             replace_folder(parent / "part", target)
     assert (target / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
+    old, new = tmp_path / "model", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    rename = os.replace
+
+    def full_disk(source, target):
+        if source == new:
+            raise OSError(errno.ENOSPC, "no space left")
+        rename(source, target)
+
+    monkeypatch.setattr("pruner_lib.assets.files.os.replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        replace_folder(new, old)
+    assert (old / "name").read_text() == "model"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "new"}

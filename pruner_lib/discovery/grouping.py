@@ -212,60 +212,90 @@ class Grouping:
     group_of: Mapping[int, tuple[np.ndarray, np.ndarray]]
 
 
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What is known of every leaf class before families are made of them."""
+
+    found: Incidence
+    flags: Mapping[str, np.ndarray]
+    code: np.ndarray  # number of the reason that blocks a class
+    reasons: list[str]
+    floors: np.ndarray  # groups that must stay
+    used: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    learned: frozenset[str]
+    layers: str  # path of the list of decoder layers
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A family without its name; of each of its rows the leaf class, the key and the group."""
+
+    family: GroupFamily
+    leaf: np.ndarray
+    named: np.ndarray
+    group: np.ndarray
+
+
 def build_families(trace: Trace, labels: Mapping[str, Sequence[Dim]], model: nn.Module) -> Grouping:
     """All families of a traced model, in the order in which the model uses them."""
     trace.store.close()
     found = incidences(trace, labels)
     flags = role_flags(trace)
     code, reasons = block_reasons(trace, found.cyclic, flags["chosen"])
-    roles = sum((flag.astype(np.int64) << k) for k, flag in enumerate(flags.values()))
-    leaves, signature = signatures(found, code + (roles << 32))
-    _, number = np.unique(signature, return_inverse=True)
-    of_leaf = np.full(len(trace.store), -1, dtype=np.int64)
-    of_leaf[leaves] = number
-    of_row = of_leaf[found.leaf]
-    order = np.argsort(of_row, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if len(order) else []
-    path, _ = layer_list(model)
-    learned = {name for name, _ in model.named_parameters()}
     shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    floors = floor_of(trace)
-    made = []
-    for chosen in parts:
-        leaf = int(found.leaf[chosen[0]])
-        kind, blocked = kind_of(leaf, flags), reasons[code[leaf]] or None
-        keys, partition = found.leaf[chosen].astype(np.int64), None
-        if kind in ("query_head", "expert"):
-            keys, partition = _with_sibling(found, chosen)
-            if partition is None and kind == "query_head":
-                blocked = blocked or "the same query slot is used outside its key-value head"
-            elif partition is not None and code[partition].any():
-                blocked = blocked or reasons[code[partition][code[partition] > 0][0]]
-        named = keys
-        keys, partition = _rank(found, chosen, keys, partition)
-        slices = slices_of(found, chosen, keys, trace.used)
-        slices = tuple(replace(piece, shape=shapes[piece.parameter]) for piece in slices)
-        layer = layer_of({s.parameter for s in slices}, path)
-        if not any(s.parameter in learned for s in slices):
-            continue  # a table that the code computes, used by nothing that could be cut
-        size, floor = len(np.unique(keys)), int(floors[leaf])
-        if partition is not None:
-            floor *= len(np.unique(partition))
-        if floor >= size and floor > 1:
-            blocked = blocked or f"the router chooses {floor} of these {size} for every token"
-        family = GroupFamily("", kind, layer, size, slices, blocked, (), partition, max(floor, 1))
-        made.append((family, found.leaf[chosen], named, keys))
-    sayable = Sayable(trace, model, [family for family, *_ in made])
-    families = [sayable.checked(family) for family, *_ in made]
+    learned = frozenset(name for name, _ in model.named_parameters())
+    layers, _ = layer_list(model)
+    reading = _Reading(found, flags, code, reasons, floor_of(trace), trace.used, shapes, learned, layers)
+    made = [_family(reading, rows) for rows in _alike(reading)]
+    # A table that the code computes is used by nothing that could be cut.
+    made = [m for m in made if any(piece.parameter in learned for piece in m.family.slices)]
+    sayable = Sayable(trace, model, [m.family for m in made])
+    families = [sayable.checked(m.family) for m in made]
     rank = sorted(range(len(made)), key=lambda k: _first_use(families[k], trace.used))
     family_of = np.full(len(trace.store), -1, dtype=np.int64)
     group_of: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for position, k in enumerate(rank):
-        _, leaf_of_row, named, keys = made[k]
-        family_of[leaf_of_row] = position
-        classes, first = np.unique(named, return_index=True)
-        group_of[position] = classes, keys[first]
+        family_of[made[k].leaf] = position
+        classes, first = np.unique(made[k].named, return_index=True)
+        group_of[position] = classes, made[k].group[first]
     return Grouping(tuple(_named([families[k] for k in rank])), family_of, group_of)
+
+
+def _alike(reading: _Reading) -> list[np.ndarray]:
+    """Rows of the incidence, those together whose leaf classes repeat one coupling pattern."""
+    found = reading.found
+    roles = sum((flag.astype(np.int64) << k) for k, flag in enumerate(reading.flags.values()))
+    leaves, signature = signatures(found, reading.code + (roles << 32))
+    of_leaf = np.full(len(reading.code), -1, dtype=np.int64)
+    of_leaf[leaves] = np.unique(signature, return_inverse=True)[1]
+    of_row = of_leaf[found.leaf]
+    order = np.argsort(of_row, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if len(order) else []
+
+
+def _family(reading: _Reading, rows: np.ndarray) -> _Made:
+    """The family of some rows: its kind, its groups, what blocks it."""
+    found, code, leaf = reading.found, reading.code, int(reading.found.leaf[rows[0]])
+    kind, blocked = kind_of(leaf, reading.flags), reading.reasons[code[leaf]] or None
+    named, partition = found.leaf[rows].astype(np.int64), None
+    if kind in ("query_head", "expert"):
+        named, partition = _with_sibling(found, rows)
+        if partition is None and kind == "query_head":
+            blocked = blocked or "the same query slot is used outside its key-value head"
+        elif partition is not None and code[partition].any():
+            blocked = blocked or reading.reasons[code[partition][code[partition] > 0][0]]
+    group, partition = _rank(found, rows, named, partition)
+    slices = slices_of(found, rows, group, reading.used)
+    slices = tuple(replace(piece, shape=reading.shapes[piece.parameter]) for piece in slices)
+    size, floor = len(np.unique(group)), int(reading.floors[leaf])
+    if partition is not None:
+        floor *= len(np.unique(partition))
+    if floor >= size and floor > 1:
+        blocked = blocked or f"the router chooses {floor} of these {size} for every token"
+    layer = layer_of({piece.parameter for piece in slices}, reading.layers)
+    family = GroupFamily("", kind, layer, size, slices, blocked, (), partition, max(floor, 1))
+    return _Made(family, found.leaf[rows], named, group)
 
 
 def _first_use(family: GroupFamily, used: Mapping[str, int]) -> tuple[int, int, str]:
