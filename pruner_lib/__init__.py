@@ -37,8 +37,8 @@ from pruner_lib.importance import (
     ImportanceScores,
     estimate_importance,
     grade,
-    layer_importance,
     measure_importance,
+    score_layers,
 )
 from pruner_lib.pruning import (
     GlobalRanking,
@@ -49,7 +49,6 @@ from pruner_lib.pruning import (
     prune_iteratively,
     prune_layers,
     scan_sensitivity,
-    score_layers,
 )
 from pruner_lib.recovery import (
     Distillation,
@@ -82,7 +81,6 @@ __all__ = [
     "evaluate",
     "generate",
     "grade",
-    "layer_importance",
     "load_calibration",
     "load_instructions",
     "load_model",

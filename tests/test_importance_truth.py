@@ -12,9 +12,9 @@ from pruner_lib.discovery import discover
 from pruner_lib.importance import (
     ImportanceScores,
     grade,
-    layer_importance,
     loss_changes,
     measure_importance,
+    score_layers,
 )
 from pruner_lib.importance.calibration import mean_loss
 from pruner_lib.importance.grading import overlap_of_lowest
@@ -121,6 +121,10 @@ def hidden_states(model, tokens):
     return found
 
 
+def together(scores):
+    return torch.cat([scores[unit] for unit in scores])
+
+
 @pytest.mark.parametrize("size", [None, 2])
 def test_block_influence_is_one_minus_the_cosine(size):
     model, tokens = tiny_llama(num_hidden_layers=3), tokens_of(3, 7)
@@ -128,11 +132,10 @@ def test_block_influence_is_one_minus_the_cosine(size):
         float((1 - functional.cosine_similarity(before, after, dim=-1)).mean())
         for before, after in hidden_states(model, tokens)
     ]
-    scores = layer_importance(model, tokens, micro_batch_size=size, source="books")
-    assert list(scores) == ["layers"] and scores.criterion == "block_influence" and scores.source == "books"
-    torch.testing.assert_close(
-        scores["layers"], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
-    )
+    scores = score_layers(model, discover(model), tokens, micro_batch_size=size, source="books", seed=3)
+    assert list(scores) == [f"layers.{layer}" for layer in range(3)]
+    assert (scores.criterion, scores.source, scores.seed) == ("layer_influence", "books", 3)
+    torch.testing.assert_close(together(scores), torch.tensor(expected).double(), rtol=1e-6, atol=0)
 
 
 def test_a_layer_that_does_nothing_has_no_influence():
@@ -140,8 +143,8 @@ def test_a_layer_that_does_nothing_has_no_influence():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
         model.model.layers[1].self_attn.o_proj.weight.zero_()
-    for criterion in ("block_influence", "loss_change"):
-        values = layer_importance(model, tokens, criterion=criterion)["layers"]
+    for measure in ("influence", "loss"):
+        values = together(score_layers(model, discover(model), tokens, measure=measure))
         assert values[1].abs() < 1e-12 and values[[0, 2]].abs().min() > 1e-6
 
 
@@ -155,17 +158,19 @@ def test_loss_change_of_a_layer_is_that_of_the_model_without_it():
         shorter.config.num_hidden_layers = 2
         expected.append(mean_loss(shorter, [tokens]) - dense)
     before = snapshot(model)
-    found = layer_importance(model, tokens, criterion="loss_change", micro_batch_size=2)["layers"]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+    found = score_layers(model, discover(model), tokens, measure="loss", micro_batch_size=2)
+    torch.testing.assert_close(
+        together(found), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     assert_unchanged(model, before)
 
 
-def test_layer_importance_says_what_is_wrong():
+def test_score_layers_says_what_is_wrong():
     model = tiny_llama()
-    with pytest.raises(ValueError, match="unknown layer criterion 'cosine'; valid are block_influence, loss"):
-        layer_importance(model, tokens_of(2, 5), criterion="cosine")
+    with pytest.raises(ValueError, match="unknown measure 'cosine'; valid are influence, loss"):
+        score_layers(model, discover(model), tokens_of(2, 5), measure="cosine")
     with pytest.raises(ValueError, match="LongTensor"):
-        layer_importance(model, torch.zeros(2, 5))
+        score_layers(model, discover(model), torch.zeros(2, 5))
 
 
 def scores_of(**families):

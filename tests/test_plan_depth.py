@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from pruner_lib.checkpoint import CheckpointError, save_pruned
 from pruner_lib.discovery import discover
+from pruner_lib.discovery.units import depth_units
 from pruner_lib.evaluation import count_cost
+from pruner_lib.importance import score_layers
+from pruner_lib.importance.skipping import skipped
 from pruner_lib.pruning import (
     PruningError,
     PruningPlan,
@@ -18,11 +21,8 @@ from pruner_lib.pruning import (
     plan_pruning,
     prune,
     prune_layers,
-    score_layers,
 )
 from pruner_lib.pruning.layer_config import is_marked
-from pruner_lib.pruning.skipping import skipped
-from pruner_lib.pruning.units import depth_units
 
 BATCHES = torch.randint(3, 64, (4, 11), generator=torch.Generator().manual_seed(5))
 

@@ -7,8 +7,8 @@ import torch
 from test_surgery import logits, tiny
 
 from pruner_lib.discovery import discover
-from pruner_lib.importance import estimate_importance
-from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune_iteratively, score_layers
+from pruner_lib.importance import estimate_importance, score_layers
+from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune_iteratively
 
 BATCHES = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(2))
 

@@ -4,7 +4,8 @@ from pruner_lib.importance.ablation import loss_changes, measure_importance
 from pruner_lib.importance.criteria import CRITERIA, REDUCTIONS, Criterion
 from pruner_lib.importance.estimate import estimate_importance
 from pruner_lib.importance.grading import Grade, grade
-from pruner_lib.importance.granularity import element_scores, layer_importance, vector_scores
+from pruner_lib.importance.granularity import element_scores, vector_scores
+from pruner_lib.importance.layers import score_layers
 from pruner_lib.importance.scores import ImportanceScores, RankCorrelation
 
 __all__ = [
@@ -17,8 +18,8 @@ __all__ = [
     "element_scores",
     "estimate_importance",
     "grade",
-    "layer_importance",
     "loss_changes",
     "measure_importance",
+    "score_layers",
     "vector_scores",
 ]

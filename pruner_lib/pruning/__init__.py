@@ -1,7 +1,7 @@
 """Pruning: plans, and the cut that follows them."""
 
 from .costs import Cost
-from .depth import DropStep, drop_greedily, plan_layers, prune_layers, score_layers
+from .depth import DropStep, drop_greedily, plan_layers, prune_layers
 from .errors import PruningError
 from .plan import PruningPlan
 from .planning import plan_pruning
@@ -28,5 +28,4 @@ __all__ = [
     "prune_iteratively",
     "prune_layers",
     "scan_sensitivity",
-    "score_layers",
 ]

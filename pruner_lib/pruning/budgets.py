@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pruner_lib.discovery.units import depth_units
 from pruner_lib.pruning.costs import CostSum, cost_terms
 from pruner_lib.pruning.ladders import Column, Counts, Steps, sorted_steps, state_of
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ranking import GlobalRanking, ranked_steps
 from pruner_lib.pruning.selection import known
-from pruner_lib.pruning.units import depth_units
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pruner_lib.discovery.units import layer_of_unit
 from pruner_lib.importance.calibration import untouched
+from pruner_lib.importance.skipping import skipped
 from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.layer_config import MARK
-from pruner_lib.pruning.skipping import skipped
-from pruner_lib.pruning.units import layer_of_unit
 
 _LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 

@@ -17,9 +17,10 @@ import torch
 
 from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery.families import GroupFamily, Removal
+from pruner_lib.discovery.units import depth_units
 from pruner_lib.pruning.costs import Cost, cost_terms
 from pruner_lib.pruning.errors import PruningError
-from pruner_lib.pruning.units import checked_units, depth_units, without_dropped
+from pruner_lib.pruning.units import checked_units, without_dropped
 from pruner_lib.pruning.validation import checked_removal
 
 if TYPE_CHECKING:

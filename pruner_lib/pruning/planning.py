@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from pruner_lib.discovery.units import UNITS, units_of_kind
 from pruner_lib.pruning.budgets import Budget, Search
 from pruner_lib.pruning.ladders import Ladder, Scores, columns_of, depth_ladder, family_ladder
 from pruner_lib.pruning.plan import PruningPlan
@@ -17,9 +18,7 @@ from pruner_lib.pruning.selection import (
     chosen_layers,
     families_of_kind,
     known,
-    units_of_kind,
 )
-from pruner_lib.pruning.units import UNITS
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap

@@ -10,12 +10,12 @@ import numpy as np
 from torch import nn
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
+from pruner_lib.discovery.units import UNITS
 from pruner_lib.pruning.ladders import Scores, family_ladder
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.planning import plan_pruning, resolved
 from pruner_lib.pruning.selection import Limits
 from pruner_lib.pruning.surgery import prune
-from pruner_lib.pruning.units import UNITS
 
 Score = Callable[[nn.Module, DependencyMap], Scores]
 _TARGETS = {"target_params": "params", "target_macs": "macs", "target_bytes": "weight_bytes"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pruner_lib.discovery.families import KINDS, GroupFamily
-from pruner_lib.pruning.units import UNITS, depth_units, layer_of_unit
+from pruner_lib.discovery.units import UNITS
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
@@ -115,18 +115,3 @@ def families_of_kind(dependencies: DependencyMap, kind: str, layers: list[int] |
     else:
         reason = f"it cannot be cut here: {placed[0].blocked}"
     raise ValueError(f"kind {kind!r}: {reason}. Kinds that can be cut in this model: {', '.join(cuttable)}")
-
-
-def units_of_kind(dependencies: DependencyMap, kind: str, layers: list[int] | None) -> list[str]:
-    """Units of depth of a kind in the layers.
-
-    Raises:
-        ValueError: the model has none, or none there.
-    """
-    ending = "" if kind == "block" else f".{kind}"
-    every = [u for u in depth_units(dependencies) if u == f"layers.{layer_of_unit(u)}{ending}"]
-    found = [unit for unit in every if layers is None or layer_of_unit(unit) in layers]
-    if not found:
-        reason = "no single module of a layer holds it" if not every else "none in these layers"
-        raise ValueError(f"kind {kind!r}: this model has no such unit of depth that can be dropped: {reason}")
-    return found

@@ -1,4 +1,4 @@
-"""Units of depth: whole decoder layers, and the attention and MLP inside them."""
+"""Units of depth in a plan: which of them may go, and what goes with them."""
 
 from __future__ import annotations
 
@@ -6,50 +6,10 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pruner_lib.discovery.grouping import layer_list
+from pruner_lib.discovery.units import depth_units, layer_of_unit
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
-
-UNITS = ("block", "attention", "mlp")
-_INSIDE = {
-    "attention": ("attention_head", "query_head", "qk_channel", "value_channel"),
-    "mlp": ("mlp_neuron", "expert"),
-}
-
-
-def depth_units(dependencies: DependencyMap) -> dict[str, str]:
-    """Every unit of depth of a model, by name, with the path of its module.
-
-    A layer is ``layers.5``, its sublayers ``layers.5.attention`` and ``layers.5.mlp``. A sublayer is there
-    only when one module of the layer holds all of its heads, or all of its neurons, and nothing of the
-    other (OPT's two MLP matrices lie bare in the layer, so its MLP alone cannot go).
-
-    Example:
-        >>> depth_units(discover(llama))["layers.0.mlp"]
-        'model.layers.0.mlp'
-    """
-    if dependencies._model is None:
-        return {}
-    path, count = layer_list(dependencies._model)
-    units = {f"layers.{layer}": f"{path}.{layer}" for layer in range(count)}
-    children: dict[tuple[int, str], set[str]] = {}
-    for family in dependencies.families:
-        for unit, kinds in _INSIDE.items():
-            if family.kind in kinds and family.layer is not None:
-                start = f"{path}.{family.layer}."
-                inside = {piece.parameter.removeprefix(start).split(".")[0] for piece in family.slices}
-                children.setdefault((family.layer, unit), set()).update(inside)
-    for (layer, unit), found in sorted(children.items()):
-        other = children.get((layer, "mlp" if unit == "attention" else "attention"), set())
-        if len(found) == 1 and not found & other:
-            units[f"layers.{layer}.{unit}"] = f"{path}.{layer}.{next(iter(found))}"
-    return units
-
-
-def layer_of_unit(unit: str) -> int:
-    """The layer in a unit's name: 5 of ``layers.5.mlp``."""
-    return int(unit.split(".")[1])
 
 
 def checked_units(dependencies: DependencyMap, dropped: Iterable[str]) -> tuple[str, ...]:
