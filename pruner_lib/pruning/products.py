@@ -194,25 +194,6 @@ def trace_products(
     )
 
 
-def count_products(model: nn.Module, *, batch_size: int, seq_len: int) -> tuple[int, int | None]:
-    """Multiply-accumulates and cache bytes per token of a meta model, by running it.
-
-    Raises:
-        PruningError: the model cannot be run on the meta device.
-    """
-    failures: list[str] = []
-    for way in _ways_to_call(model):
-        sizes = _Sizes()
-        try:
-            cache = _run(model, way(batch_size, seq_len), sizes)
-        except Exception as error:  # as above
-            failures.append(f"{type(error).__name__}: {str(error)[:160]}")
-            continue
-        held = [tensor.numel() * tensor.element_size() for tensor in _cached(cache)]
-        return sum(sizes.macs), sum(held) // (batch_size * seq_len) if held else None
-    raise PruningError(f"{type(model).__name__} cannot be run on the meta device: {'; '.join(failures)}")
-
-
 @dataclass(frozen=True, eq=False)
 class _Traced:
     """A symbolic run: the axes of each product and of each cached tensor, and where they are."""
