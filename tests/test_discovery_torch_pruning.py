@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch_pruning
 from torch import nn
 from zoo import tiny
 
 from pruner_lib.discovery import DependencyMap, discover
 
-torch_pruning = pytest.importorskip("torch_pruning")
 ATTENTION = "model.layers.0.self_attn."
 
 

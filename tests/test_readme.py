@@ -30,6 +30,12 @@ def test_the_first_command_comes_within_ten_lines():
     assert any("make walkthrough" in line for line in lines)
 
 
+def test_as_many_models_are_listed_as_promised():
+    promised = int(re.search(r"lists (\d+) models", TEXT)[1])
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^## ", page, flags=re.MULTILINE)) == promised
+
+
 def test_links_and_commands_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (ROOT / target).exists(), target
