@@ -176,3 +176,14 @@ def test_scores_must_fit():
     broken = {"layers.0.mlp_neuron": torch.full((22,), float("nan"))}
     with pytest.raises(ValueError, match="NaN or infinity"):
         plan_pruning(DEPENDENCIES, broken, ratio=0.2, kinds="mlp_neuron")
+
+
+def test_as_many_experts_stay_as_the_router_chooses():
+    from zoo import tiny
+
+    dependencies = discover(tiny("mixtral", torch.float32).to("meta"))
+    families = dependencies.select(kind="expert")
+    assert [(family.size, family.at_least) for family in families] == [(4, 2)] * len(families)
+    scores = {family.name: torch.arange(4.0) for family in families}
+    plan = plan_pruning(dependencies, scores, ratio=0.9, kinds="expert")
+    assert {groups for groups in plan.removal.values()} == {(0, 1)}

@@ -50,7 +50,7 @@ class Limits:
                     + (f" in {parts} equal parts" if parts > 1 else "")
                     + f". Give a number per kind, for example {label}={{'mlp_neuron': {value}}}"
                 )
-        return step, least
+        return step, max(least, family.at_least)  # a router chooses so many experts for every token
 
 
 def _of(value: Per, kind: str) -> int:
