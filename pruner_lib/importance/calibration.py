@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -128,18 +129,38 @@ def memory_advice(batches: Tensor) -> Iterator[None]:
         ) from error
 
 
-def token_losses(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of each sequence ``[n]``, in float32 or better.
+def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Logits ``[n, L, vocabulary]`` of a language model, or of any module that maps token ids to them.
 
     Args:
-        model: a causal language model whose output has ``.logits``.
-        batch: token ids ``[n, L]``; L - 1 tokens are predicted.
+        model: takes ``input_ids``, or token ids as its only argument; returns logits, or an object or
+            a tuple that holds them (``.logits``, the first entry).
+        batch: token ids ``[n, L]``, moved to where the embedding lies.
     """
     device = next(model.parameters()).device
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is not None and getattr(embedding, "weight", None) is not None:
         device = embedding.weight.device
-    logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
+    accepted = inspect.signature(model.forward).parameters.values()
+    named = {parameter.name for parameter in accepted}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
+    options = {"use_cache": False} if open_ended or "use_cache" in named else {}
+    if open_ended or "input_ids" in named:
+        output = model(input_ids=batch.to(device), **options)
+    else:
+        output = model(batch.to(device), **options)
+    found = getattr(output, "logits", output)
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def token_losses(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of each sequence ``[n]``, in float32 or better.
+
+    Args:
+        model: a causal language model, see :func:`logits_of`.
+        batch: token ids ``[n, L]``; L - 1 tokens are predicted.
+    """
+    logits = logits_of(model, batch)[:, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     targets = batch[:, 1:].to(wide.device)
     losses = functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")

@@ -1,5 +1,6 @@
 """Pruning: plans, and the cut that follows them."""
 
+from .compensation import Compensated, Compensation, compensate
 from .costs import Cost
 from .depth import DropStep, drop_greedily, plan_layers, prune_layers
 from .errors import PruningError
@@ -13,6 +14,8 @@ from .surgery import prune
 
 __all__ = [
     "PRESETS",
+    "Compensated",
+    "Compensation",
     "Cost",
     "DropStep",
     "GlobalRanking",
@@ -21,6 +24,7 @@ __all__ = [
     "PruningPlan",
     "PruningStep",
     "Sensitivity",
+    "compensate",
     "drop_greedily",
     "plan_layers",
     "plan_pruning",

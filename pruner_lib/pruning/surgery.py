@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from pruner_lib.pruning.attributes import Assignment, apply_assignment, find_assignment
+from pruner_lib.pruning.compensation import Compensation
+from pruner_lib.pruning.compensation import compensate as fit_readers
 from pruner_lib.pruning.configuration import find_blueprint, follow_blueprint, shapes_of
 from pruner_lib.pruning.dropping import drop_in_place
 from pruner_lib.pruning.errors import PruningError
@@ -14,7 +16,9 @@ from pruner_lib.pruning.slicing import meta_copy, sliced_copy
 from pruner_lib.pruning.verification import find_difference
 
 
-def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
+def prune(
+    model: nn.Module, plan: PruningPlan, *, compensate: Compensation | Tensor | None = None
+) -> nn.Module:
     """Remove the groups that a plan names and return the smaller model.
 
     Every coupled slice is cut out of its parameter or buffer: with groups R of a family removed,
@@ -28,6 +32,8 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Args:
         model: left bit for bit as it is; meta models are fine.
         plan: made for this model.
+        compensate: calibration token ids ``[N, L]``, or :class:`Compensation` with more to say: what reads
+            the removed channels is then fitted again in closed form, see :func:`compensate`.
 
     Returns:
         A new model, ordinary in every way: it generates with a cache, trains, takes adapters.
@@ -42,8 +48,14 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         46
     """
     _check_same_model(model, plan)
+    pruned = _cut(model, plan)
+    return pruned if compensate is None else fit_readers(model, pruned, plan, compensate).model
+
+
+def _cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The cut alone."""
     if plan.dropped:
-        return drop_in_place(prune(model, plan.width), plan.dropped_modules)
+        return drop_in_place(_cut(model, plan.width), plan.dropped_modules)
     if not plan.removal:
         return sliced_copy(model, plan)
     trial = sliced_copy(meta_copy(model), plan)

@@ -1,0 +1,325 @@
+"""Fit the readers of removed channels again, layer by layer, so that each returns what it did before."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pruner_lib.discovery.grouping import layer_list
+from pruner_lib.importance.calibration import (
+    check_batches,
+    default_size,
+    mean_loss,
+    memory_advice,
+    micro_batches,
+    progress_bar,
+    untouched,
+)
+from pruner_lib.importance.chain import NotAChain
+from pruner_lib.pruning.compensation.fitting import Fit, Statistics, best_fit, mean_fit
+from pruner_lib.pruning.compensation.readers import (
+    Reader,
+    left_as_cut,
+    readers_of,
+    residual_writers,
+    set_matrix,
+)
+from pruner_lib.pruning.compensation.streams import Stream, added_factor
+from pruner_lib.pruning.errors import PruningError
+from pruner_lib.pruning.plan import PruningPlan
+
+METHODS = ("ridge", "bias")
+WEIGHTING = ("rms", "none")
+_TOKENS_PER_CHANNEL = 4
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How readers are fitted again.
+
+    Attributes:
+        batches: calibration token ids ``[N, L]``, N ≥ 2. More are better: tens of thousands of tokens.
+        method: ``"ridge"`` fits the whole matrix, ``"bias"`` only puts the mean of its output right.
+        correct: whether a reader that adds to the residual stream is also to make up for what the layers
+            before it already do wrong.
+        ridges: the λ to choose from, per reader, on held-out sequences.
+        holdout: share of the sequences that no fit sees, on which λ is chosen and the result is judged.
+        weighting: ``"rms"`` divides each token's squared error by the mean square of its residual state,
+            as the norms that read it do (the first token of a text can outweigh all others a thousandfold);
+            ``"none"`` takes all tokens alike.
+        micro_batch_size: sequences run at once; None for about 2048 tokens.
+        progress: show a bar; None shows it in a terminal.
+
+    Raises:
+        ValueError: an unknown method or weighting, no λ or a negative one, a share outside (0, 1).
+    """
+
+    batches: Tensor
+    method: str = "ridge"
+    correct: bool = True
+    ridges: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    holdout: float = 0.125
+    weighting: str = "rms"
+    micro_batch_size: int | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for label, value, valid in (
+            ("method", self.method, METHODS),
+            ("weighting", self.weighting, WEIGHTING),
+        ):
+            if value not in valid:
+                raise ValueError(f"unknown {label} {value!r}; valid are {', '.join(valid)}")
+        if not self.ridges or min(self.ridges) < 0:
+            raise ValueError(f"ridges must be one or more numbers of at least 0, not {self.ridges}")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must lie between 0 and 1, not {self.holdout}")
+
+    def split(self) -> int:
+        """How many sequences, the first ones, are fitted on."""
+        return len(self.batches) - max(1, round(self.holdout * len(self.batches)))
+
+
+@dataclass(frozen=True)
+class FittedReader:
+    """One reader: its weight, the λ chosen for it, and its output's error on held-out tokens.
+
+    Attributes:
+        weight: name of the parameter in the dense model.
+        ridge: λ; infinite where the weights stayed as they were.
+        before, after: Σ‖W h − T‖² / Σ‖T‖² as cut, and fitted again.
+        inputs: channels that it reads.
+    """
+
+    weight: str
+    ridge: float
+    before: float
+    after: float
+    inputs: int
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What compensation did.
+
+    Attributes:
+        model: the model with readers fitted again.
+        readers: one entry per reader, in the order of execution.
+        left: parameters that read removed channels and could not be fitted.
+        loss_before, loss_after: mean cross-entropy on the held-out sequences.
+        kept: False where the fitted model was worse there, and ``model`` is the cut one.
+    """
+
+    model: nn.Module
+    readers: tuple[FittedReader, ...]
+    left: tuple[str, ...]
+    loss_before: float
+    loss_after: float
+    kept: bool
+
+    def __str__(self) -> str:
+        head = f"{len(self.readers)} readers fitted again; held-out loss {self.loss_before:.3f} → "
+        head += f"{self.loss_after:.3f}" + ("" if self.kept else " (worse: the cut model was kept)")
+        rows = [
+            f"  {r.weight:<50} λ {r.ridge:<6.3g} error {r.before:.3f} → {r.after:.3f}" for r in self.readers
+        ]
+        left = [f"  left as cut: {name}" for name in self.left]
+        return "\n".join([head, *rows, *left])
+
+    __repr__ = __str__
+
+
+def compensate(
+    model: nn.Module, pruned: nn.Module, plan: PruningPlan, settings: Compensation | Tensor
+) -> Compensated:
+    r"""Fit again what reads the removed channels, in closed form, without gradients.
+
+    Layer by layer, the layers before already fitted. A reader (``o_proj``, ``down_proj`` …) with dense
+    weights W and remaining inputs h gets
+
+        W' = argmin_V  Σ_t ‖V h_t − T_t‖² / rms_t²  +  λ c ‖V − W_kept‖²
+
+    where T_t is what it returned in the dense model plus, where it adds to the residual stream, all that the
+    stream already lacks there. λ is chosen on held-out sequences for each reader, no change being one of the
+    choices; and if the whole model is not better on those, it stays as cut.
+
+    Memory: both models, two hidden states per token, the outputs of one layer's readers and one reader's
+    sums ``[in, in]``.
+
+    Args:
+        model: the dense model; unchanged.
+        pruned: what ``prune(model, plan)`` returned; unchanged.
+        plan: how the one became the other.
+        settings: or the calibration token ids alone.
+
+    Returns:
+        The fitted copy and a record of it.
+
+    Raises:
+        ValueError: unusable batches, or a single sequence.
+        PruningError: weights on the meta device, or layers that do not hand one hidden state on.
+        FloatingPointError: activations that are NaN or infinite; names the module.
+
+    Source: ridge refits of pruned structures as in SlimGPT (arXiv 2412.18110) and earlier second-order work;
+    the correction of earlier layers' error is added here.
+    """
+    if isinstance(settings, Tensor):
+        settings = Compensation(settings)
+    batches = check_batches(model, settings.batches)
+    if len(batches) < 2:
+        raise ValueError("compensation needs at least 2 calibration sequences: one is held out to choose λ")
+    if any(parameter.is_meta for parameter in [*model.parameters(), *pruned.parameters()]):
+        raise PruningError("compensation runs text through both models; these have no weights (meta device)")
+    fitted = copy.deepcopy(pruned)
+    with untouched(model), untouched(fitted), untouched(pruned), torch.no_grad(), memory_advice(batches):
+        try:
+            readers, left = _Run(model, fitted, plan, settings, batches).readers()
+        except NotAChain as error:
+            raise PruningError(
+                f"cannot compensate {type(model).__name__}: {error}. Recover it by training instead"
+            ) from error
+        pieces = micro_batches(
+            batches[settings.split() :], settings.micro_batch_size or default_size(batches)
+        )
+        before, after = mean_loss(pruned, pieces), mean_loss(fitted, pieces)
+    better = after <= before
+    return Compensated(fitted if better else copy.deepcopy(pruned), readers, left, before, after, better)
+
+
+class _Run:
+    """One pass over the layers."""
+
+    def __init__(
+        self, model: nn.Module, fitted: nn.Module, plan: PruningPlan, settings: Compensation, batches: Tensor
+    ) -> None:
+        size, cut = settings.micro_batch_size or default_size(batches), settings.split()
+        pieces = [*micro_batches(batches[:cut], size), *micro_batches(batches[cut:], size)]
+        self.held = [number >= math.ceil(cut / size) for number in range(len(pieces))]
+        self.plan, self.settings, self.model = plan, settings, model
+        self.path, self.count = layer_list(model)
+        self.dense, self.pruned = Stream(model, pieces), Stream(fitted, pieces)
+        self.found: list[FittedReader] = []
+
+    def readers(self) -> tuple[tuple[FittedReader, ...], tuple[str, ...]]:
+        """Fit all, and say which could not be."""
+        bar = progress_bar(self.count, "compensation", self.settings.progress)
+        with bar:
+            for layer in range(self.count):
+                self._layer(layer)
+                bar.update()
+        left = left_as_cut(self.plan, {reader.weight for reader in self.found})
+        return tuple(self.found), tuple(left)
+
+    def _layer(self, layer: int) -> None:
+        prefix = f"{self.path}.{layer}"
+        module = self.dense.layers[layer]
+        readers = {reader.path: reader for reader in readers_of(module, prefix, self.plan)}
+        writers = residual_writers(self.plan.dependencies, module, prefix)
+        outputs, after = [], []
+        for piece in range(len(self.dense.hidden)):
+            hidden, watched = self.dense.run(piece, {*readers, *writers})
+            outputs.append(watched)
+            after.append(hidden)
+        factor = None
+        if self.settings.correct:
+            written = {path: out for path, out in outputs[0].items() if path in writers}
+            factor = added_factor(self.dense.hidden[0], after[0], written)
+        if f"layers.{layer}" not in self.plan.dropped:
+            here = _Layer(self, outputs, [path for path in outputs[0] if path in writers], factor)
+            for path in outputs[0]:  # in the order of execution
+                if path in readers:
+                    here.fit(readers[path])
+            self.pruned.advance([self.pruned.run(piece, ())[0] for piece in range(len(after))])
+        self.dense.advance(after)
+
+
+@dataclass
+class _Layer:
+    """One layer's readers, with what the dense model's modules returned there.
+
+    Attributes:
+        run: both streams, standing before this layer.
+        outputs: per piece, module path to dense output, in the order of execution.
+        writers: paths that add to the residual stream, in that order.
+        factor: c of ``after = before + c Σ written``; None where the layer is not of that form.
+    """
+
+    run: _Run
+    outputs: list[dict[str, Tensor]]
+    writers: list[str]
+    factor: float | None
+
+    def fit(self, reader: Reader) -> None:
+        """Collect the sums of a reader, solve, and write the new weights into the pruned model."""
+        run = self.run
+        module = run.pruned.layers[run.pruned.at].get_submodule(reader.path)
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            return  # its sublayer was dropped
+        dense = run.dense.layers[run.dense.at].get_submodule(reader.path)
+        weight = reader.columns(dense)
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else bias.detach().double()
+        sums = [Statistics.empty(weight.shape[1], weight.shape[0], weight.device) for _ in range(2)]
+        for piece, held in enumerate(run.held):
+            tokens = self._tokens(piece, reader)
+            if tokens is None:
+                return
+            sums[held].add(*tokens)
+        if not (sums[0].finite and sums[1].finite):
+            raise FloatingPointError(
+                f"compensation: what {reader.weight} reads or should return is NaN or infinite on the "
+                "calibration text. Nothing was changed. Try float32 or bfloat16 weights"
+            )
+        needed = _TOKENS_PER_CHANNEL * weight.shape[1]
+        if run.settings.method == "ridge" and sums[0].tokens < needed:
+            warnings.warn(
+                f"{sums[0].tokens} calibration tokens for {weight.shape[1]} channels of {reader.weight}: "
+                f"fitting them well takes at least {needed}. The fit is shrunk towards the old weights",
+                stacklevel=2,
+            )
+        found = self._solve(sums[0], sums[1], weight, bias)
+        set_matrix(module, found.weight, found.bias)
+        run.found.append(FittedReader(reader.weight, found.ridge, found.before, found.after, weight.shape[1]))
+
+    def _solve(self, fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | None) -> Fit:
+        if self.run.settings.method == "bias":
+            return mean_fit(fit, held, weight, bias)
+        return best_fit(fit, held, weight, bias, self.run.settings.ridges)
+
+    def _tokens(self, piece: int, reader: Reader) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Inputs, targets and weights of one piece's tokens; None where the two models route differently."""
+        run = self.run
+        earlier = self.writers[: self.writers.index(reader.path)] if reader.path in self.writers else []
+        inputs, written = run.pruned.run(piece, self._present(earlier), stop=reader.path)
+        inputs, target = _rows(inputs), _rows(self.outputs[piece][reader.path])
+        if len(inputs) != len(target):
+            return None
+        target = _kept(target, reader)
+        state = _rows(run.dense.hidden[piece])
+        if self.factor is not None and reader.path in self.writers:
+            state = state + self.factor * sum(_rows(self.outputs[piece][path]) for path in earlier)
+            here = _rows(run.pruned.hidden[piece]) + self.factor * sum(map(_rows, written.values()))
+            target = target + (_kept(state, reader) - here) / self.factor
+        if run.settings.weighting == "none" or len(state) != len(inputs):
+            return inputs, target, torch.ones(len(inputs), device=inputs.device)
+        return inputs, target, 1 / state.float().square().mean(-1).clamp(min=1e-12)
+
+    def _present(self, paths: list[str]) -> list[str]:
+        """Those that the pruned model still has."""
+        layer = self.run.pruned.layers[self.run.pruned.at]
+        there = dict(layer.named_modules())
+        return [path for path in paths if path in there]
+
+
+def _rows(state: Tensor) -> Tensor:
+    """Tokens as rows."""
+    return state.flatten(0, -2)
+
+
+def _kept(state: Tensor, reader: Reader) -> Tensor:
+    return state if reader.kept_out is None else state.index_select(-1, reader.kept_out.to(state.device))

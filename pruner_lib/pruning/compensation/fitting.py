@@ -1,0 +1,137 @@
+r"""Ridge regression of a reader on what is left of its input.
+
+With h_t the input that token t leaves after the cut, T_t what the reader should return, w_t the weight of
+the token and W the dense weights of the inputs that stay:
+
+    W' = argmin_V  Σ_t w_t ‖V h_t − T_t‖²  +  λ c ‖V − W‖²,      c = mean of the diagonal of C
+       = (B + λ c W) (C + λ c I)⁻¹,                              C = Σ w_t h_t h_tᵀ,  B = Σ w_t T_t h_tᵀ
+
+λ = 0 is least squares, λ → ∞ leaves the cut weights as they are. With a bias all is centred first, and the
+bias is the mean of what remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Statistics:
+    """Sums over tokens, in float64: all that a fit needs, whatever the number of tokens."""
+
+    second: Tensor  # C [in, in]
+    cross: Tensor  # B [out, in]
+    inputs: Tensor  # Σ w h [in]
+    targets: Tensor  # Σ w T [out]
+    energy: float = 0.0  # Σ w ‖T‖²
+    weight: float = 0.0  # Σ w
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, inward: int, outward: int, device: torch.device) -> Statistics:
+        """No tokens yet."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(inward, inward), zeros(outward, inward), zeros(inward), zeros(outward))
+
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Take in tokens: ``[n, in]``, ``[n, out]``, ``[n]``."""
+        wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        root = weights.to(wide).sqrt()[:, None]
+        h, t = inputs.to(wide) * root, targets.to(wide) * root
+        self.second += h.T @ h
+        self.cross += t.T @ h
+        self.inputs += (h * root).sum(0)
+        self.targets += (t * root).sum(0)
+        self.energy += float(t.double().square().sum())
+        self.weight += float(weights.double().sum())
+        self.tokens += len(inputs)
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Σ w ‖W h + b − T‖² over Σ w ‖T‖²."""
+        error = self.energy + float((weight @ self.second * weight).sum() - 2 * (weight * self.cross).sum())
+        if bias is not None:
+            error += float(2 * bias @ (weight @ self.inputs - self.targets) + self.weight * bias @ bias)
+        return error / self.energy if self.energy else 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether every sum is a number."""
+        return bool(torch.isfinite(self.second).all() and torch.isfinite(self.cross).all())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """New weights of a reader and how they came about.
+
+    Attributes:
+        weight, bias: ``[out, in]`` and ``[out]`` or None.
+        ridge: λ; infinite where the weights stayed as they were.
+        before, after: relative squared error of its output on held-out tokens, cut and fitted again.
+    """
+
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(repr=False)
+    ridge: float
+    before: float
+    after: float
+
+
+def ridge_fit(
+    statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """W' and b' for one λ; see the module."""
+    second, cross = statistics.second, statistics.cross
+    if bias is not None:
+        mean, centre = statistics.inputs / statistics.weight, statistics.targets / statistics.weight
+        second = second - statistics.weight * torch.outer(mean, mean)
+        cross = cross - statistics.weight * torch.outer(centre, mean)
+    shrink = ridge * float(second.diagonal().mean())
+    # The weights' change is solved for, so that directions without evidence stay exactly as they were.
+    system = second + (shrink + 1e-9 * float(second.diagonal().mean())) * torch.eye(len(second)).to(second)
+    change = torch.cholesky_solve((cross - weight @ second).T, torch.linalg.cholesky(system)).T
+    fitted = weight + change
+    return fitted, None if bias is None else centre - fitted @ mean
+
+
+def best_fit(
+    fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | None, ridges: Sequence[float]
+) -> Fit:
+    """The fit whose λ is best on held-out tokens, or no change if none helps."""
+    before = held.error(weight, bias)
+    found = Fit(weight, bias, float("inf"), before, before)
+    for ridge in ridges:
+        fitted, moved = ridge_fit(fit, weight, bias, ridge)
+        error = held.error(fitted, moved)
+        if error < found.after:
+            found = Fit(fitted, moved, ridge, before, error)
+    return found
+
+
+def mean_fit(fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | None) -> Fit:
+    r"""Only the mean of the output is put right: ``b' = b + δ``, δ = mean of T − W h − b.
+
+    Without a bias δ goes into the weights, along the inputs that are steadily on:
+
+        W' = W + δ uᵀ,   u_j = (m_j / d_j) / Σ_k m_k² / d_k,   m = mean of h,  d = mean of h²
+
+    so that W' m = W m + δ with the least change Σ d_j ΔW_j². It reads the diagonal of C alone.
+    """
+    mean, centre = fit.inputs / fit.weight, fit.targets / fit.weight
+    missing = centre - weight @ mean - (0 if bias is None else bias)
+    before = held.error(weight, bias)
+    if bias is not None:
+        fitted, moved = weight, bias + missing
+    else:
+        along = mean / (fit.second.diagonal() / fit.weight).clamp(min=1e-12)
+        fitted, moved = weight + torch.outer(missing, along / (along @ mean).clamp(min=1e-12)), None
+    after = held.error(fitted, moved)
+    if not after < before:
+        return Fit(weight, bias, float("inf"), before, before)
+    return Fit(fitted, moved, 0.0, before, after)

@@ -1,0 +1,126 @@
+"""Hidden states of a model on all calibration tokens, carried from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruner_lib.importance.chain import Call, decoder_layers, first_hidden, hidden_of, record
+
+
+class _Enough(Exception):
+    """The module asked about was reached; the rest of the layer is not needed."""
+
+
+class Stream:
+    """The hidden states before one layer, of every piece of the calibration text.
+
+    Holds ``[tokens, width]`` once, whatever the number of layers.
+
+    Attributes:
+        layers: the model's decoder layers.
+        hidden: the state before layer ``at``, one tensor per piece.
+        at: the layer that runs next.
+    """
+
+    def __init__(self, model: nn.Module, pieces: list[Tensor]) -> None:
+        self.layers = decoder_layers(model)
+        self.at = 0
+        self._calls = _recorded_calls(model, pieces)
+        self.hidden = [first_hidden(model, self.layers[0], piece).detach() for piece in pieces]
+
+    def run(
+        self, piece: int, watched: Iterable[str], stop: str | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the current layer on one piece.
+
+        Args:
+            piece: which.
+            watched: paths of modules inside the layer.
+            stop: a module before which to stop.
+
+        Returns:
+            The layer's output (the input of ``stop`` where given), and the outputs of the watched
+            modules that ran.
+        """
+        layer = self.layers[self.at]
+        outputs: dict[str, Tensor] = {}
+        reached: list[Tensor] = []
+
+        def watch(path: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs[path] = hidden_of(output)
+
+            return hook
+
+        def halt(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            reached.append(args[0])
+            raise _Enough
+
+        with ExitStack() as stack:
+            for path in watched:
+                handle = layer.get_submodule(path).register_forward_hook(watch(path))
+                stack.callback(handle.remove)
+            if stop is not None:
+                stack.callback(layer.get_submodule(stop).register_forward_pre_hook(halt).remove)
+            try:
+                return self._call(piece)(self.hidden[piece]), outputs
+            except _Enough:
+                return reached[0], outputs
+
+    def advance(self, hidden: list[Tensor]) -> None:
+        """Go on to the next layer, whose inputs these are."""
+        self.hidden, self.at = hidden, self.at + 1
+
+    def _call(self, piece: int) -> Call:
+        return self._calls[piece][self.at]
+
+
+def _recorded_calls(model: nn.Module, pieces: list[Tensor]) -> list[list[Call]]:
+    """How the model calls its layers, per piece.
+
+    Masks and positions are the same for all pieces of one shape, unless two of them show otherwise.
+    """
+    by_shape: dict[torch.Size, list[int]] = {}
+    for number, piece in enumerate(pieces):
+        by_shape.setdefault(piece.shape, []).append(number)
+    found: dict[int, list[Call]] = {}
+    for numbers in by_shape.values():
+        first = record(model, pieces[numbers[0]]).calls
+        if len(numbers) > 1:
+            again = record(model, pieces[numbers[-1]]).calls
+            alike = all(_same(mine, other) for mine, other in zip(first, again, strict=True))
+            if not alike:
+                found.update({number: record(model, pieces[number]).calls for number in numbers})
+                continue
+        found.update(dict.fromkeys(numbers, first))
+    return [found[number] for number in range(len(pieces))]
+
+
+def _same(one: Call, other: Call) -> bool:
+    mine, theirs = list(one.others()), list(other.others())
+    return len(mine) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def added_factor(before: Tensor, after: Tensor, written: Mapping[str, Tensor]) -> float | None:
+    """c where a layer is ``after = before + c · Σ written``, or None where it is not.
+
+    Layers that norm what a sublayer returned, or scale the residual, are not of this form.
+    """
+    if not written:
+        return None
+    total = torch.stack([output.reshape(before.shape).double() for output in written.values()]).sum(0)
+    change = after.double() - before.double()
+    scale = float((total * total).sum())
+    if scale == 0:
+        return None
+    factor = float((change * total).sum()) / scale
+    away = float((change - factor * total).norm())
+    tolerance = 20 * torch.finfo(before.dtype).eps * float(before.double().norm() + change.norm())
+    return factor if factor > 0 and away <= tolerance else None
