@@ -6,6 +6,7 @@ from pruner_lib.importance.estimate import estimate_importance
 from pruner_lib.importance.grading import Grade, grade
 from pruner_lib.importance.granularity import element_scores, vector_scores
 from pruner_lib.importance.layers import score_layers
+from pruner_lib.importance.loss_scale import scale_to_loss
 from pruner_lib.importance.scores import ImportanceScores, RankCorrelation
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "grade",
     "loss_changes",
     "measure_importance",
+    "scale_to_loss",
     "score_layers",
     "vector_scores",
 ]

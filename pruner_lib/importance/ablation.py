@@ -111,9 +111,11 @@ def loss_changes(
     batches = check_batches(model, batches)
     size = micro_batch_size or default_size(batches)
     pieces = micro_batches(batches, size if micro_batch_size is None else micro_batch_size)
-    layer = _layer_index(model, found)
+    layer = layer_index(model, found)
     with untouched(model), memory_advice(batches), torch.no_grad():
-        ablation = _Ablation(model, dependencies, found, chosen, _tensors_of(model, found))
+        ablation = Ablation(
+            model, dependencies, found, [[group] for group in chosen], tensors_of(model, found)
+        )
         bar = progress_bar(len(pieces) * len(chosen), f"zeroing {found.name}", progress)
         with bar:
             if layer is not None:
@@ -124,7 +126,7 @@ def loss_changes(
             return ablation.whole(pieces, bar)
 
 
-def _layer_index(model: nn.Module, family: GroupFamily) -> int | None:
+def layer_index(model: nn.Module, family: GroupFamily) -> int | None:
     """The decoder layer that holds all of a family's slices; None if none does, or a norm must follow."""
     if family.normed_by:
         return None
@@ -132,7 +134,7 @@ def _layer_index(model: nn.Module, family: GroupFamily) -> int | None:
     return layer_of({piece.parameter for piece in family.slices}, path)
 
 
-def _tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:
     """Parameters and buffers that hold a family's slices.
 
     Raises:
@@ -151,56 +153,62 @@ def _tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Ablation:
-    """The groups to zero, and the two ways to do it."""
+class Ablation:
+    """The sets of groups to zero, each in turn, and the two ways to do it."""
 
     model: nn.Module
     dependencies: DependencyMap
     family: GroupFamily
-    groups: list[int]
+    groups: Sequence[Sequence[int]]
     tensors: Mapping[str, Tensor]
 
     def whole(self, pieces: list[Tensor], bar: tqdm) -> Tensor:
-        """One forward pass of the whole model per group."""
+        """One forward pass of the whole model per set."""
         dense = mean_loss(self.model, pieces)
         changes = torch.zeros(len(self.groups), dtype=torch.float64)
         for place, group in enumerate(self.groups):
             if self.family.normed_by:  # the norm must average over what remains; the oracle's copy knows how
-                copy = self.dependencies.zero(self.model, {self.family.name: [group]}).eval()
+                copy = self.dependencies.zero(self.model, {self.family.name: group}).eval()
                 changes[place] = mean_loss(copy, pieces) - dense
             else:
-                with zeroed_in_place(self.tensors, [(piece, [group]) for piece in self.family.slices]):
+                with zeroed_in_place(self.tensors, [(piece, group) for piece in self.family.slices]):
                     changes[place] = mean_loss(self.model, pieces) - dense
             bar.update(len(pieces))
         return changes
 
     def from_layer(self, layer: int, pieces: list[Tensor], bar: tqdm) -> Tensor:
-        """From the family's layer on, several groups at once."""
+        """From the family's layer on, several sets at once."""
         totals = torch.zeros(len(self.groups), dtype=torch.float64)
         start = 0
         for piece in pieces:
             found = record(self.model, piece)
             check_finite(self.model, piece, found.losses, start)
-            stack = max(1, default_size(piece) // len(piece))
-            for first in range(0, len(self.groups), stack):
-                here = slice(first, first + stack)
-                losses = self._stacked(found, layer, piece, self.groups[here])
-                totals[here] += (losses - found.losses).double().cpu().sum(1)
-                bar.update(len(losses))
+            totals += (self.losses(found, layer, piece, bar) - found.losses).double().cpu().sum(1)
             start += len(piece)
         return totals / start
 
-    def _stacked(self, found: Recording, layer: int, piece: Tensor, groups: list[int]) -> Tensor:
-        """Losses ``[groups, n]`` of one micro-batch."""
+    def losses(self, found: Recording, layer: int, piece: Tensor, bar: tqdm) -> Tensor:
+        """Losses ``[sets, n]`` of one micro-batch, from the family's layer on."""
+        stack = max(1, default_size(piece) // len(piece))
+        rows = []
+        for first in range(0, len(self.groups), stack):
+            rows.append(self._stacked(found, layer, piece, self.groups[first : first + stack]))
+            bar.update(len(rows[-1]))
+        return torch.cat(rows)
+
+    def _stacked(
+        self, found: Recording, layer: int, piece: Tensor, groups: Sequence[Sequence[int]]
+    ) -> Tensor:
         outputs = []
         for group in groups:
-            with zeroed_in_place(self.tensors, [(piece, [group]) for piece in self.family.slices]):
+            with zeroed_in_place(self.tensors, [(piece, group) for piece in self.family.slices]):
                 outputs.append(found.calls[layer](found.hidden[layer]))
         with starting_after(found.calls, layer, torch.cat(outputs)):
             losses = token_losses(self.model, piece.repeat(len(groups), 1)).view(len(groups), len(piece))
         if not bool(torch.isfinite(losses).all()):
-            bad = groups[int((~torch.isfinite(losses)).any(1).nonzero()[0])]
+            bad = list(groups[int((~torch.isfinite(losses)).any(1).nonzero()[0])])
+            named = f"group {bad[0]}" if len(bad) == 1 else f"a set of {len(bad)} groups"
             raise FloatingPointError(
-                f"the loss is not finite once group {bad} of {self.family.name} is zeroed; no scores made"
+                f"the loss is not finite once {named} of {self.family.name} is zeroed; no scores made"
             )
         return losses

@@ -1,0 +1,80 @@
+"""Scores in nats: what they say of a family's lowest groups is what zeroing these does to the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import tiny
+
+import pruner_lib as pl
+from pruner_lib.importance import ImportanceScores, measure_importance, scale_to_loss
+from pruner_lib.importance.calibration import mean_loss
+
+
+@pytest.fixture(scope="module")
+def case():
+    model = tiny("llama")
+    dependencies = pl.discover(model)
+    families = dependencies.select(kind=("attention_head", "mlp_neuron"))
+    batches = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(0))
+    scores = pl.estimate_importance(model, dependencies, batches, criterion="l2", families=families)
+    return model, dependencies, scores, batches
+
+
+def test_the_lowest_neurons_sum_to_their_loss_change(case):
+    model, dependencies, scores, batches = case
+    found = scale_to_loss(model, dependencies, scores, batches, ratio=0.25)
+    name = "layers.1.mlp_neuron"
+    lowest = scores[name].argsort()[: round(0.25 * len(scores[name]))]
+    zeroed = dependencies.zero(model, {name: lowest.tolist()})
+    each = [mean_loss(zeroed, [row[None]]) - mean_loss(model, [row[None]]) for row in batches]
+    change = torch.tensor(each, dtype=torch.float64)
+    expected = max(float(change.mean()), float(change.std()) / len(batches) ** 0.5)
+    assert float(found[name][lowest].sum()) == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(found[name].argsort(), scores[name].argsort())
+    assert "scaled to the loss" in found.criterion
+
+
+def test_small_families_are_measured_group_by_group(case):
+    model, dependencies, scores, batches = case
+    name = "layers.0.attention_head"
+    found = scale_to_loss(model, dependencies, scores, batches, families=[name])
+    assert list(found) == [name]
+    truth = measure_importance(model, dependencies, batches, name)[name]
+    assert bool((found[name] >= truth - 1e-9).all())
+    clear = truth > 0
+    assert bool((found[name] > 0).all()) and torch.allclose(
+        found[name][clear & (found[name] <= truth + 1e-9)], truth[clear & (found[name] <= truth + 1e-9)]
+    )
+
+
+def test_micro_batches_and_whole_passes_give_the_same(case, monkeypatch):
+    model, dependencies, scores, batches = case
+    whole = scale_to_loss(model, dependencies, scores, batches)
+    pieces = scale_to_loss(model, dependencies, scores, batches, micro_batch_size=2)
+    monkeypatch.setattr("pruner_lib.importance.loss_scale.layer_index", lambda model, family: None)
+    slow = scale_to_loss(model, dependencies, scores, batches)
+    for name in scores:
+        assert torch.allclose(whole[name], pieces[name], rtol=1e-6)
+        assert torch.allclose(whole[name], slow[name], rtol=1e-6)
+
+
+def test_nothing_to_scale_keeps_the_order(case):
+    model, dependencies, _, batches = case
+    size = dependencies.family("layers.0.mlp_neuron").size
+    flat = ImportanceScores.from_dict(
+        {"layers.0.mlp_neuron": torch.arange(size).clamp(min=size // 2) - size // 2}
+    )
+    found = scale_to_loss(model, dependencies, flat, batches)
+    assert torch.equal(found["layers.0.mlp_neuron"], flat["layers.0.mlp_neuron"].double())
+
+
+def test_bad_input(case):
+    model, dependencies, scores, batches = case
+    with pytest.raises(ValueError, match=r"outside \(0, 1\]"):
+        scale_to_loss(model, dependencies, scores, batches, ratio=0.0)
+    with pytest.raises(ValueError, match="at least 2 sequences"):
+        scale_to_loss(model, dependencies, scores, batches[:1])
+    negative = ImportanceScores.from_dict({"layers.0.mlp_neuron": -scores["layers.0.mlp_neuron"]})
+    with pytest.raises(ValueError, match="negative"):
+        scale_to_loss(model, dependencies, negative, batches)
