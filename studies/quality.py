@@ -1,0 +1,295 @@
+"""What pruning leaves of the quality, without any training: ``python studies/quality.py``
+
+SmolLM2 at 10, 20, 30 and 50 % fewer parameters: criteria × scope × compensation, width, depth and both mixed,
+three calibration seeds, calibration and test text of one kind and of two. Perplexity of windows of 128 and
+of 1024 tokens.
+
+Every case leaves one JSON file in the output folder, and none is run twice: stop it and start it again as
+you like. The page is written after every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pruner_lib as pl
+from pruner_lib.assets.files import write_whole
+from pruner_lib.pruning import Compensated, Compensation
+
+TESTS = ("wikitext2", "c4", "books")
+LENGTHS = (128, 1024)
+SHARES = {"10 %": 0.9, "20 %": 0.8, "30 %": 0.7, "50 %": 0.5}
+HEADS_AND_NEURONS = ("attention_head", "mlp_neuron")
+LATE = "half of layers 4–26"  # the paper's way: half of the groups of all but the outer layers
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        cut: share of the parameters removed, ``LATE``, or ``"dense"``.
+        criterion: how groups are scored; layers are scored by the loss without them.
+        scope: ``"local"``, ``"global"`` (standardised), ``"nats"`` (scaled to the loss).
+        what: ``"neurons"``, ``"heads, neurons"``, ``"blocks"`` or ``"blocks, neurons"``.
+        compensation: None, ``"bias"`` or ``"ridge"``.
+        calibration: kind of text for scores and compensation.
+        seed: of its draws.
+    """
+
+    cut: str
+    criterion: str = "wanda"
+    scope: str = "nats"
+    what: str = "heads, neurons"
+    compensation: str | None = None
+    calibration: str = "wikitext2"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.cut == "dense":
+            return "dense"
+        parts = (
+            self.cut,
+            self.criterion,
+            self.scope,
+            self.what,
+            self.compensation or "plain",
+            self.calibration,
+        )
+        return " · ".join((*parts, f"seed {self.seed}"))
+
+
+BEST = Case("20 %", compensation="ridge")
+
+
+def cases() -> list[Case]:
+    """In the order in which they tell most."""
+    vary = dataclasses.replace
+    found = [Case("dense"), BEST, vary(BEST, compensation=None)]
+    found += [vary(BEST, criterion="taylor_first", scope="local", compensation=c) for c in (None, "ridge")]
+    found += [
+        Case(LATE, "taylor_first", "local"),
+        Case(LATE, "taylor_first", "local", compensation="ridge"),
+        Case(LATE, "wanda", "local", compensation="ridge"),
+    ]
+    found += [
+        vary(BEST, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in (None, "ridge")
+    ]
+    found += [vary(BEST, calibration=text) for text in ("c4", "books")]
+    found += [
+        vary(BEST, scope="local", what=what, compensation="ridge") for what in ("neurons", "heads, neurons")
+    ]
+    found += [
+        vary(BEST, what=what, compensation=c)
+        for what in ("blocks", "blocks, neurons")
+        for c in (None, "ridge")
+    ]
+    found += [vary(BEST, compensation="bias")]
+    found += [vary(BEST, seed=seed) for seed in (1, 2)]
+    for criterion in ("taylor_first", "wanda", "fluctuation", "l2", "random"):
+        for scope in ("local", "global", "nats"):
+            for compensation in (None, "bias", "ridge"):
+                found.append(vary(BEST, criterion=criterion, scope=scope, compensation=compensation))
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to run it with; see the command's options."""
+
+    output: Path
+    page: Path
+    model: str = pl.DEFAULT_MODEL
+    device: str | None = None
+    windows: int = 512
+    test_tokens: int = 65536
+    only: int | None = None
+
+
+class Bench:
+    """The dense model, texts and scores, made once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._scores: dict[tuple[Any, ...], pl.ImportanceScores] = {}
+
+    @cached_property
+    def dense(self) -> tuple[Any, Any]:
+        return pl.load_model(self.study.model, device=self.study.device)
+
+    @cached_property
+    def dependencies(self) -> pl.DependencyMap:
+        return pl.discover(self.dense[0])
+
+    def batches(self, case: Case, windows: int, shift: int = 0) -> torch.Tensor:
+        seed = 10 * case.seed + shift
+        return pl.load_calibration(
+            self.dense[1], source=case.calibration, num_samples=windows, seq_len=128, seed=seed
+        )
+
+    def scores(self, case: Case) -> dict[str, torch.Tensor]:
+        """Of every family and layer that the case may remove."""
+        model, dependencies = self.dense[0], self.dependencies
+        key = (case.criterion, case.scope == "nats", case.calibration, case.seed)
+        if key not in self._scores:
+            families = dependencies.select(kind=HEADS_AND_NEURONS)
+            batches = self.batches(case, 64)
+            found = pl.estimate_importance(
+                model, dependencies, batches, criterion=case.criterion, families=families, micro_batch_size=16
+            )
+            if case.scope == "nats":
+                found = pl.scale_to_loss(model, dependencies, found, self.batches(case, 16, shift=1))
+            self._scores[key] = found
+        scores = dict(self._scores[key].scores)
+        if "blocks" in case.what:
+            layers = pl.score_layers(model, dependencies, self.batches(case, 16, shift=1), measure="loss")
+            scores |= layers.scores
+        return scores
+
+    def plan(self, case: Case) -> pl.PruningPlan:
+        kinds = {
+            "neurons": ("mlp_neuron",),
+            "heads, neurons": HEADS_AND_NEURONS,
+            "blocks": ("block",),
+            "blocks, neurons": ("block", "mlp_neuron"),
+        }[case.what]
+        scores = self.scores(case)
+        if case.cut == LATE:
+            layers = range(4, self.dependencies.num_layers - 3)
+            return pl.plan_pruning(self.dependencies, scores, ratio=0.5, layers=layers, kinds=kinds)
+        target = {"target_params": SHARES[case.cut]}
+        if case.scope == "nats":
+            return pl.plan_pruning(self.dependencies, scores, preset="best", kinds=kinds, **target)
+        return pl.plan_pruning(self.dependencies, scores, scope=case.scope, kinds=kinds, **target)
+
+
+def run_case(bench: Bench, case: Case) -> dict[str, Any]:
+    """Cut, compensate, measure."""
+    model, tokenizer = bench.dense
+    record: dict[str, Any] = {**asdict(case), "dense_params": sum(p.numel() for p in model.parameters())}
+    begun = time.perf_counter()
+    if case.cut != "dense":
+        plan = bench.plan(case)
+        record["plan_seconds"] = time.perf_counter() - begun
+        model = pl.prune(model, plan)
+        if case.compensation is not None:
+            settings = Compensation(
+                bench.batches(case, bench.study.windows, shift=2), method=case.compensation
+            )
+            done = pl.compensate(bench.dense[0], model, plan, settings)
+            record["fit"] = _summary(done)
+            model = done.model
+        record["seconds"] = time.perf_counter() - begun
+    record["params"] = sum(p.numel() for p in model.parameters())
+    record["perplexity"] = {}
+    texts = (
+        TESTS if (case.compensation == "ridge" and case.scope == "nats") or case.cut == "dense" else TESTS[:1]
+    )
+    for text in texts:
+        words = pl.load_text(text, "test")
+        for length in LENGTHS:
+            found = pl.perplexity(
+                model, tokenizer, words, seq_len=length, max_tokens=bench.study.test_tokens, source=text
+            )
+            record["perplexity"][f"{text}, {length}"] = float(found)
+    return record
+
+
+def _summary(done: Compensated) -> dict[str, Any]:
+    return {
+        "kept": done.kept, "loss_before": done.loss_before, "loss_after": done.loss_after,
+        "ridge": [reader.ridge for reader in done.readers],
+    }  # fmt: skip
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with ratios to the dense model."""
+    dense = next((r for r in records if r["cut"] == "dense"), None)
+    columns = list(dense["perplexity"]) if dense else []
+    head = [
+        "removed",
+        "criterion",
+        "scope",
+        "what",
+        "compensation",
+        "calibration",
+        "seed",
+        "parameters",
+        *columns,
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 7 + "---:|" * (1 + len(columns))]
+    for record in records:
+        told = ["–"] * 6 if record["cut"] == "dense" else [
+            record["criterion"], record["scope"], record["what"], record["compensation"] or "none",
+            record["calibration"], str(record["seed"]),
+        ]  # fmt: skip
+        share = record["params"] / record["dense_params"]
+        cells = [record["cut"], *told, f"{share:.4f}"]
+        for column in columns:
+            value = record["perplexity"].get(column)
+            ratio = f" ({value / dense['perplexity'][column]:.2f} ×)" if value and dense else ""
+            cells.append(f"{value:.1f}{ratio}" if value else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
+    """The page of the documentation, from what has been run so far."""
+    page = [
+        "# Quality without training",
+        f"Written by `python studies/quality.py`: {len(records)} of {len(cases())} cases, model "
+        f"{study.model}, {study.windows} windows of 128 tokens for compensation and 64 for scores, at most "
+        f"{study.test_tokens:,} test tokens. In brackets: times the dense model. Perplexities of two "
+        "calibration texts differ by adaptation, too: read each row across its test texts.",
+        table(records),
+    ]
+    study.page.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(study.page, "\n\n".join(page) + "\n")
+
+
+def run(study: Study) -> list[dict[str, Any]]:
+    """Every case that has not been run, in order; the page after each."""
+    study.output.mkdir(parents=True, exist_ok=True)
+    bench, records = Bench(study), []
+    wanted = cases()[: study.only]
+    for number, case in enumerate(wanted, start=1):
+        file = study.output / f"{case.name.replace(' ', '').replace('%', '')}.json"
+        if not file.is_file():
+            print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
+            record = run_case(bench, case)
+            write_whole(file, json.dumps(record) + "\n")
+            print(f"  {record['perplexity']}", flush=True)
+        records.append(json.loads(file.read_text(encoding="utf-8")))
+        write_page(study, records)
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/quality_study"))
+    parser.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    parser.add_argument("--model", default=Study.model, help="(default: %(default)s)")
+    parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
+    for name in ("windows", "test_tokens"):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=getattr(Study, name), help="(default: %(default)s)")
+    parser.add_argument("--only", type=int, default=None, help="the first so many cases")
+    print(table(run(Study(**vars(parser.parse_args(arguments))))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
