@@ -8,7 +8,15 @@ from importance_oracle import tiny_gpt2, tiny_llama, tokens_of
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import CRITERIA, REDUCTIONS, benchmark, estimate_importance, loss_changes
-from pruner_lib.importance.study import Study, StudySettings, measure_estimates, measure_truth, run_study
+from pruner_lib.importance.calibration import mean_loss
+from pruner_lib.importance.study import (
+    Study,
+    StudySettings,
+    measure_estimates,
+    measure_removals,
+    measure_truth,
+    run_study,
+)
 from pruner_lib.importance.study_report import judge, reliability
 
 SETTINGS = StudySettings(
@@ -32,20 +40,25 @@ def test_estimates_in_one_pass_are_those_of_estimate_importance(tmp_path):
     study = Study(model, discover(model), draw, SETTINGS, tmp_path)
     (source, seed, found), *_ = measure_estimates(study)
     families = study.families()
-    assert set(found) == {"1", "3"} and set(found["3"]) == set(CRITERIA)
+    scored = found["scores"]
+    assert set(scored) == {"1", "3"} and set(scored["3"]) == set(found["lowest"]) == set(CRITERIA)
     for size in (1, 3):
         tokens = draw(source=source, split="train", num_samples=size, seq_len=7, seed=seed)
         for criterion in CRITERIA:
             reductions = ["none"] if criterion == "random" else list(REDUCTIONS)
-            assert list(found[str(size)][criterion]) == reductions
+            assert list(scored[str(size)][criterion]) == reductions
             for reduction in ("none",) if criterion == "random" else ("sum", "last"):
                 options = {"reduction": "sum" if reduction == "none" else reduction, "seed": seed}
                 scores = estimate_importance(
                     model, study.dependencies, tokens, criterion=criterion, families=list(families), **options
                 )
                 for name, (_, groups) in families.items():
-                    mine = torch.tensor(found[str(size)][criterion][reduction][name], dtype=torch.float64)
+                    mine = torch.tensor(scored[str(size)][criterion][reduction][name], dtype=torch.float64)
                     torch.testing.assert_close(mine, scores[name][groups], rtol=1e-5, atol=0)
+                if size == 3:
+                    name = "layers.1.mlp_neuron"  # a quarter of all 48, not of the five measured
+                    lowest = scores[name].argsort(stable=True)[:12]
+                    assert found["lowest"][criterion][reduction][name] == sorted(lowest.tolist())
 
 
 def test_truth_is_measured_per_half(study):
@@ -57,6 +70,23 @@ def test_truth_is_measured_per_half(study):
     for half, found in zip(halves, truth["layers.1.mlp_neuron"], strict=True):
         expected = loss_changes(study.model, study.dependencies, half, "layers.1.mlp_neuron", groups)
         assert found == expected.tolist()
+
+
+def test_a_quarter_of_all_judged_families_goes_at_once(study):
+    lowest = {
+        "l1": {"sum": {"layers.0.mlp_neuron": [1, 4, 7], "layers.1.mlp_neuron": [0, 2, 3]}},
+        "l2": {"max": {"layers.0.attention_head": [2], "layers.1.attention_head": [0]}},
+    }
+    found = measure_removals(study, {("books", 0): lowest, ("c4", 0): lowest})
+    tokens = draw(source="wikitext2", split="validation", num_samples=4, seq_len=7, seed=0)[:2]
+    dense = mean_loss(study.model.eval(), [tokens])
+    for name, by_kind in (("l1", "mlp_neuron"), ("l2", "attention_head")):
+        ((reduction, removal),) = lowest[name].items()
+        zeroed = study.dependencies.zero(study.model, removal)
+        change = mean_loss(zeroed, [tokens]) - dense
+        assert abs(change) > 1e-6
+        assert found["books"][name] == {reduction: {by_kind: pytest.approx(change, rel=1e-9)}}
+    assert found["c4"] == found["books"]
 
 
 def test_a_stopped_study_goes_on_and_another_one_starts_anew(study, monkeypatch):

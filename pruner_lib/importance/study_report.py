@@ -87,7 +87,7 @@ def _grades(kind: str, truth: Truth, estimates: Estimates, size: str) -> dict[Ke
     return found
 
 
-def write_report(study: Study, truth: Truth, estimates: Estimates, out: Path) -> Path:
+def write_report(study: Study, truth: Truth, estimates: Estimates, removals: Any, out: Path) -> Path:
     """Write ``study.md``, ``study_criteria.svg`` and ``study_samples.svg``, each whole or not at all.
 
     Args:
