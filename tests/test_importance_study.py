@@ -20,9 +20,11 @@ from pruner_lib.importance.study import (
     run_study,
 )
 from pruner_lib.importance.study_report import (
+    DEFAULT,
     MEASURES,
     VIEWS,
     Verdict,
+    _places,
     judge,
     reliability,
     shown_criteria,
@@ -116,7 +118,7 @@ def test_the_page_has_every_combination_and_says_what_the_default_is_worth(finis
             assert text.count(f"\n| {criterion} | {reduction} | ") == 3  # neurons, query heads, heads
     for kind in ("neurons", "query heads", "heads"):
         for measure in MEASURES:
-            assert text.count(f"\n| {kind} | {measure} | ") == 1
+            assert text.count(f"\n| {kind} | {measure.words} | ") == 1
     assert "default (taylor_first, sum)" in text and "The default has " in text
     for source in SETTINGS.sources:
         for view in VIEWS.values():
@@ -184,9 +186,12 @@ def test_a_verdict_averages_draws_and_places_count_the_best_first():
     found = verdicts("mlp_neuron", truth, estimates, removals, "8")
     assert found["l1", "sum"] == Verdict((1, 1), (1, 1), (0, 0), pytest.approx(0.3))
     assert found["l2", "sum"] == Verdict((0, 0.5), (0, 0.5), (1, 1), pytest.approx(0.1))
-    values = {name: [measure(found[key]) for key in found] for name, measure in MEASURES.items()}
-    best = {name: max(range(2), key=numbers.__getitem__) for name, numbers in values.items()}
-    assert list(best.values()) == [0, 0, 1]  # l1 knows the groups, l2's removal costs less
+    rows = [line.split(" | ") for line in _places({"mlp_neuron": {**found, DEFAULT: found["l2", "sum"]}})]
+    best = {row[1]: row[2:] for row in rows if row[0] == "| neurons"}
+    # l1 knows the groups, l2's removal costs less
+    assert best["Spearman with the loss change"] == ["l1, sum", "1.000", "0.000", "3 of 3 |"]
+    assert best["Spearman with its size"] == ["l1, sum", "1.000", "0.000", "3 of 3 |"]
+    assert best["loss rise, a share at once"] == ["l2, sum", "0.100", "0.100", "2 of 3 |"]
     assert shown_criteria(found) == []  # weights alone read no text
 
 

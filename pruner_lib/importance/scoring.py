@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pruner_lib.importance.criteria import GRADIENTS, Criterion
+from pruner_lib.importance.ends import RowGradient
 
-_CHUNK = 1 << 18  # elements scored at a time: never a matrix as large as the parameter, and cache-sized
+_CHUNK = 1 << 19  # elements scored at a time: never a matrix as large as the parameter, and cache-sized
 
-Known = Mapping[str, Tensor]
+Known = Mapping[str, Tensor | RowGradient]
 ByDim = dict[int, Tensor]
 
 
@@ -47,7 +48,8 @@ def index_scores(
     Args:
         criterion: not one that draws.
         weight: W, any shape; computed in float32 or, if it is float64, in float64.
-        known: g and h, of the same shape, as far as the criterion reads them.
+        known: g and h, of the same shape, as far as the criterion reads them; only runs of their rows are
+            asked for.
         uses: what the parameter's uses read; their scores are added up.
         dims: which dimensions; all if None.
 

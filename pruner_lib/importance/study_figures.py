@@ -29,18 +29,17 @@ def draw_criteria(found: Verdicts) -> Any:
 
     keys = list(next(iter(found.values())))
     figure, panels = new_figure(10, 1.4 + 0.19 * len(keys), nrows=1, ncols=len(MEASURES), sharey=True)
-    for axes, (measure, value) in zip(panels, MEASURES.items(), strict=True):
-        rises = measure.startswith("loss")
+    for axes, measure in zip(panels, MEASURES, strict=True):
         for place, (kind, graded) in enumerate(found.items()):
-            values = [abs(value(graded[key])) if rises else value(graded[key]) for key in keys]
+            values = [measure.value(graded[key]) for key in keys]
             style = {"c": COLOURS[place], "marker": MARKERS[place], "s": 22}
             axes.scatter(values, range(len(keys)), label=KINDS[kind], **style)
-        if rises:
-            axes.set_xscale("log")
-        else:
+        if measure.rising:
             axes.axvline(0, color=GREY, linewidth=1, zorder=0)
+        else:  # from hundredths to several nats, and a few below zero
+            axes.set_xscale("symlog", linthresh=0.01)
         axes.grid(axis="y", linewidth=0.4)
-        tidy(axes, xlabel=f"{measure} (nats)" if rises else measure)
+        tidy(axes, xlabel=measure.words if measure.rising else f"{measure.words} (nats)")
     panels[0].set_yticks(range(len(keys)), [", ".join(key) for key in keys], fontsize=8)
     panels[0].invert_yaxis()
     panels[0].legend(frameon=False, ncols=len(found), loc="lower left", bbox_to_anchor=(0, 1))

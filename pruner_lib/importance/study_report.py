@@ -51,12 +51,27 @@ class Verdict:
 
 Verdicts = Mapping[str, Mapping[Key, Verdict]]  # kind → criterion × reduction
 
-# What is judged, each the better the higher.
-MEASURES: Mapping[str, Callable[[Verdict], float]] = {
-    "Spearman with the loss change": lambda verdict: _number(verdict.change[0]),
-    "Spearman with its size": lambda verdict: _number(verdict.size[0]),
-    "loss rise, a quarter at once": lambda verdict: -verdict.rise,
-}
+
+@dataclass(frozen=True)
+class Measure:
+    """A way of judging.
+
+    Attributes:
+        words: what it is called.
+        value: of a verdict.
+        rising: whether more is better.
+    """
+
+    words: str
+    value: Callable[[Verdict], float]
+    rising: bool = True
+
+
+MEASURES = (
+    Measure("Spearman with the loss change", lambda verdict: _number(verdict.change[0])),
+    Measure("Spearman with its size", lambda verdict: _number(verdict.size[0])),
+    Measure("loss rise, a share at once", lambda verdict: verdict.rise, rising=False),
+)
 
 
 def judge(kind: str, estimate: Mapping[str, list[float]], truth: Truth, view: str) -> tuple[float, float]:
@@ -213,13 +228,14 @@ def _places(found: Verdicts) -> list[str]:
     rows = [["", "judged by", "best", "its value", f"default ({', '.join(DEFAULT)})", "its place"]]
     places: dict[Key, list[int]] = {}
     for kind, graded in found.items():
-        for measure, value in MEASURES.items():
-            order = sorted(graded, key=lambda key: -value(graded[key]))
+        for measure in MEASURES:
+            values = {key: measure.value(verdict) for key, verdict in graded.items()}
+            order = sorted(values, key=values.__getitem__, reverse=measure.rising)
             for place, key in enumerate(order, 1):
                 places.setdefault(key, []).append(place)
-            best = [f"{abs(value(graded[key])):.2f}" for key in (order[0], DEFAULT)]
+            shown = [f"{values[key]:.3f}" for key in (order[0], DEFAULT)]
             place = f"{order.index(DEFAULT) + 1} of {len(order)}"
-            rows.append([KINDS[kind], measure, ", ".join(order[0]), *best, place])
+            rows.append([KINDS[kind], measure.words, ", ".join(order[0]), *shown, place])
     mean = {key: statistics.fmean(mine) for key, mine in places.items()}
     first = sorted(mean, key=mean.__getitem__)
     listed = "; ".join(f"{', '.join(key)} ({mean[key]:.1f})" for key in first[:5])
@@ -243,7 +259,7 @@ def _criteria_table(kind: str, graded: Mapping[Key, Verdict], study: Study) -> l
         row = list(key)
         for (rho, overlap), spread in zip((verdict.change, verdict.size), verdict.spread, strict=True):
             row += [f"{rho:.2f} ± {spread:.2f}", f"{100 * overlap:.0f} %"]
-        rows.append([*row, f"{verdict.rise:.2f}"])
+        rows.append([*row, f"{verdict.rise:.3f}"])
     name = KINDS[kind]
     title = f"## {name.capitalize()}: every criterion × reduction, {study.settings.sizes[-1]} samples"
     return [title, "", "Means over sources and seeds, ± their standard deviation.", "", *table(rows)]
