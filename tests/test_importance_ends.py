@@ -108,7 +108,10 @@ def test_the_model_comes_back_as_it_was():
     def fail(gradient):
         raise KeyboardInterrupt
 
-    handle = model.model.norm.register_forward_hook(lambda module, args, output: output.register_hook(fail))
+    def watch(module, args, output):
+        output.register_hook(fail)
+
+    handle = model.model.norm.register_forward_hook(watch)
     hooked = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         estimate_importance(model, dependencies, tokens_of(2, 5))

@@ -259,7 +259,7 @@ def _all_scores(
 ) -> AllScores:
     """Criterion → reduction → family → scores of all its groups, from sums over ``count`` sequences."""
     parameters = {name: study.model.get_parameter(name) for name in dims}
-    uses = watch.finish(parameters, Share())
+    uses = watch.finish(parameters, Share(), count * study.settings.seq_len)
     families = {name: family for name, (family, _) in study.families().items()}
     found: AllScores = {}
     for criterion in CRITERIA.values():
