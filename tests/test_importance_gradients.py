@@ -15,12 +15,10 @@ from torch import nn
 from zoo import CONFIGURATIONS, tiny
 
 from pruner_lib.discovery import discover
-from pruner_lib.importance import CRITERIA, estimate_importance, vector_scores
+from pruner_lib.importance import estimate_importance
 from pruner_lib.importance.calibration import untouched
 from pruner_lib.importance.chain import NotAChain, record
-from pruner_lib.importance.evidence import PassOptions, score_parameters
 from pruner_lib.importance.gradients import Fold, Passes, check_chain, choose, handing_over, layered_passes
-from pruner_lib.importance.scoring import index_scores
 
 
 class Bar:
@@ -43,42 +41,6 @@ def test_layer_by_layer_gives_the_same_on_every_architecture(name):
     layered = estimate_importance(model, dependencies, tokens, accumulate="layers", **options)
     for family in chosen:
         torch.testing.assert_close(layered[family], whole[family], rtol=1e-6, atol=0)
-
-
-def tiny_mixture():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config)
-
-
-@pytest.mark.parametrize("criterion", ["taylor_first", "taylor_second"])
-def test_a_mixture_of_experts_is_scored_by_gradients(criterion):
-    model, tokens, chosen = tiny_mixture(), tokens_of(4, 7), CRITERIA[criterion]
-    names = [name for name, _ in model.named_parameters() if "experts" in name]
-    found = {
-        way: score_parameters(model, names, tokens, chosen, scorer, PassOptions(2, way))
-        for way in ("layers", "gradients")
-    }
-    assert len(names) == 4 and all(values[0].shape == (4,) for values in found["layers"].values())
-    for name in names:
-        for dim, values in found["gradients"][name].items():
-            torch.testing.assert_close(found["layers"][name][dim], values, rtol=1e-4, atol=1e-12)
-
-
-def scorer(name, weight, known, uses):
-    return index_scores(CRITERIA["taylor_second" if "h" in known else "taylor_first"], weight, known)
-
-
-def test_experts_in_one_tensor_are_refused_by_criteria_that_read_inputs():
-    model = tiny_mixture()
-    name = next(name for name, _ in model.named_parameters() if "experts" in name)
-    with pytest.raises(ValueError, match=r"inputs of .*experts.* were not seen"):
-        vector_scores(model, name, tokens_of(2, 5), criterion="wanda")
 
 
 @pytest.mark.parametrize("accumulate", ["layers", "gradients"])

@@ -135,4 +135,4 @@ def _inputs(
             check_finite(model, piece, losses, start, share)
             start += len(piece)
             bar.update()
-    return watch.finish(parameters, share)
+    return watch.finish(parameters, share, sum(piece.numel() for piece in pieces))

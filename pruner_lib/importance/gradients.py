@@ -3,7 +3,8 @@
 Σ |W·g| needs g summed over all sequences before the absolute value is taken, so with several
 micro-batches something has to be held in between. Three ways, all exact:
 
-    direct      one micro-batch: each gradient is scored and freed as the backward pass makes it
+    direct      one micro-batch: each gradient is scored and freed as the backward pass makes it, those of
+                embedding and head row by row (:mod:`pruner_lib.importance.ends`)
     layers      the hidden states between the layers are held, and the backward pass goes layer by layer
                 over all micro-batches: one layer's gradients at a time, for one more forward pass
     gradients   the gradients of all scored parameters are held, in float32 or better
@@ -12,7 +13,7 @@ micro-batches something has to be held in between. Three ways, all exact:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ from pruner_lib.importance.chain import (
     record,
     starting_after,
 )
+from pruner_lib.importance.ends import EndGradients, RowGradient
 from pruner_lib.importance.parallel import Share
 from pruner_lib.importance.scoring import Known
 
@@ -47,7 +49,6 @@ class Fold:
         share: this process's part of the sequences.
         weight: of the micro-batch that is running: n of all N sequences count n/N. The weight is
             multiplied in here, in float32, where a gradient in half precision would underflow.
-        direct: whether each gradient arrives only once.
     """
 
     reads: tuple[str, ...]
@@ -55,19 +56,19 @@ class Fold:
     score: Callable[[str, Known], None]
     share: Share = field(default_factory=Share)
     weight: float = 1.0
-    direct: bool = False
     sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.left = set(self.parameters)
 
+    def take_all(self, name: str, gradient: Tensor | RowGradient) -> None:
+        """The gradient of the whole loss; scored at once."""
+        self.left.discard(name)
+        self.score(name, {"g": gradient})
+
     def take(self, name: str, gradient: Tensor) -> None:
         """A gradient of the loss of one micro-batch."""
-        if self.direct:
-            self.left.discard(name)
-            self.score(name, {"g": gradient})
-            return
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
         held = self.sums.setdefault(name, {})
         for kind in ("g", "h"):
@@ -137,6 +138,33 @@ class Passes:
         for piece in self.pieces:
             yield start, piece
             start += len(piece)
+
+
+def direct_pass(passes: Passes, fold: Fold) -> None:
+    """The only micro-batch, forward and backward; nothing is added up.
+
+    Raises:
+        FloatingPointError: a loss that is NaN or infinite; names the sequence and the module.
+    """
+    inside = set().union(*(_names(fold, layer) for layer in decoder_layers(passes.model)))
+    ends = EndGradients({n: p for n, p in fold.parameters.items() if n not in inside and p.ndim == 2})
+
+    def take(name: str, gradient: Tensor) -> None:
+        if name in ends.matrices:
+            ends.add(name, gradient)
+        else:
+            fold.take_all(name, gradient)
+
+    (piece,) = passes.pieces
+    with handing_over(fold.parameters, take), torch.enable_grad():
+        with ends if ends.matrices else nullcontext():
+            losses = token_losses(passes.model, piece)
+        check_finite(passes.model, piece, losses, 0)
+        losses.mean().backward()
+    passes.bar.update()
+    for name in list(ends.found):
+        fold.take_all(name, ends.found.pop(name))
+    fold.finish(fold.parameters)
 
 
 def whole_passes(passes: Passes, fold: Fold) -> None:
@@ -289,7 +317,9 @@ def _hidden_bytes(passes: Passes, share: Share) -> int:
 def gradient_passes(passes: Passes, fold: Fold, accumulate: str) -> None:
     """Run the passes in the way asked for; see the module's description."""
     way = choose(accumulate, passes, fold)
-    fold.direct = way == "direct"
+    if way == "direct":
+        direct_pass(passes, fold)
+        return
     if way == "layers":
         try:
             layered_passes(passes, fold)

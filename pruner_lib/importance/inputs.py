@@ -24,6 +24,8 @@ _PRODUCTS: Mapping[Any, tuple[int, int, int]] = {
     Tensor.matmul: (1, 0, 0),
     Tensor.__matmul__: (1, 0, 0),
 }
+# Runs of rows, each times a matrix of a stack [experts, in, out]: (rows, stack, ends of the runs).
+_GROUPED = [f for f in (getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f]
 
 
 @dataclass
@@ -51,6 +53,14 @@ class Moments:
         for name, term in terms.items():
             self.sums[name] = self.sums[name] + term if name in self.sums else term
         self.count += count
+
+    def over(self, count: int, width: int) -> Moments:
+        """The same over ``count`` tokens, the missing ones with an input of zero."""
+        copied = Moments(self.reads, self.count, {name: term.clone() for name, term in self.sums.items()})
+        zero = torch.zeros(width, dtype=torch.float64)
+        names = {"r": ("square",), "m": ("absolute",), "v": ("mean", "spread")}
+        copied.add(count - self.count, {name: zero.clone() for kind in self.reads for name in names[kind]})
+        return copied
 
     def values(self, share: Share) -> dict[str, Tensor]:
         """r, m and v as far as they are wanted, over all tokens of all ranks."""
@@ -110,6 +120,7 @@ class InputWatch(TorchFunctionMode):
         self.names = {id(matrix): name for name, matrix in matrices.items()}
         self.reads = tuple(reads)
         self.uses: dict[str, dict[str, Moments]] = {}
+        self.experts: dict[str, dict[int, list[Moments]]] = {}
         self._last: tuple[Tensor | None, int, dict[str, Tensor]] = (None, 0, {})
 
     def __torch_function__(
@@ -123,10 +134,36 @@ class InputWatch(TorchFunctionMode):
             if base is not None and base.ndim == 2 and base.mT.stride() == weight.stride():
                 weight, dim = base, 1 - dim  # x @ W.T
             name = self.names.get(id(weight))
-            if name is not None:
-                with torch.no_grad():
+            with torch.no_grad():
+                if name is not None:
                     self._take(name, weight, args[place[1]], dim)
+                elif base is not None and base.ndim == 3 and id(base) in self.names:
+                    turned = base.stride()[1:] != weight.stride()
+                    expert = (weight.storage_offset() - base.storage_offset()) // base.stride(0)
+                    self._take_expert(base, expert, args[place[1]], 2 - dim if turned else 1 + dim)
+        elif func in _GROUPED:
+            with torch.no_grad():
+                self._take_grouped(*args[:2], kwargs.get("offs", args[2] if len(args) > 2 else None))
         return func(*args, **kwargs)
+
+    def _take_grouped(self, inputs: Tensor, stack: Tensor, ends: Tensor | None) -> None:
+        """Rows that are sorted by expert, with the place where each expert's rows end."""
+        base = stack if id(stack) in self.names else getattr(stack, "_base", None)
+        if ends is None or id(base) not in self.names:
+            return
+        assert base is not None
+        dim = 1 if base.stride() == stack.stride() else 2
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                self._take_expert(base, expert, inputs[start:end], dim)
+            start = end
+
+    def _take_expert(self, stack: Tensor, expert: int, inputs: Tensor, dim: int) -> None:
+        """What one matrix of a stack read; ``dim`` is the stack's."""
+        experts = self.experts.setdefault(self.names[id(stack)], {})
+        moments = experts.setdefault(dim, [Moments(self.reads) for _ in range(len(stack))])
+        moments[expert].add(inputs.shape[:-1].numel(), dense_terms(inputs, self.reads))
 
     def _take(self, name: str, weight: Tensor, inputs: Tensor, dim: int) -> None:
         if inputs.is_floating_point():
@@ -144,26 +181,40 @@ class InputWatch(TorchFunctionMode):
             self._last = (inputs, inputs._version, terms)
         return terms
 
-    def finish(self, parameters: Mapping[str, nn.Parameter], share: Share) -> dict[str, list[InputUse]]:
+    def finish(
+        self, parameters: Mapping[str, nn.Parameter], share: Share, tokens: int
+    ) -> dict[str, list[InputUse]]:
         """What every parameter read.
+
+        Args:
+            parameters: those whose uses are wanted.
+            share: this process's part of the sequences.
+            tokens: how many there were on this process. An expert reads zero where a token is not its own,
+                so that r, m and v of all experts are over the same tokens.
 
         Raises:
             ValueError: a matrix whose product was not seen on this rank.
         """
         self._last = (None, 0, {})
-        unseen = [name for name, p in parameters.items() if p.ndim > 1 and name not in self.uses]
+        seen = {*self.uses, *self.experts}
+        unseen = [name for name, p in parameters.items() if p.ndim > 1 and name not in seen]
         with share.together():
             if unseen:
                 raise ValueError(
                     f"the inputs of {unseen[0]} were not seen: no sequence reached it, or it is not used as "
-                    "the weight of a linear, Conv1D or embedding product. Score it by a criterion that reads "
-                    "weights or gradients, or leave its families out (families=…)"
+                    "the weight of a linear, Conv1D or embedding product (experts: load the model with "
+                    'experts_implementation="eager"). Score it by a criterion that reads weights or '
+                    "gradients, or leave its families out (families=…)"
                 )
         found: dict[str, list[InputUse]] = {}
         for name, parameter in parameters.items():
             if parameter.ndim < 2:
                 found[name] = [constant_input(parameter)]
-            else:
-                uses = sorted(self.uses[name].items())
-                found[name] = [InputUse(int(kind[0]), moments.values(share)) for kind, moments in uses]
+                continue
+            uses = sorted(self.uses.get(name, {}).items())
+            found[name] = [InputUse(int(kind[0]), moments.values(share)) for kind, moments in uses]
+            for dim, experts in sorted(self.experts.get(name, {}).items()):
+                each = [moments.over(tokens, parameter.shape[dim]).values(share) for moments in experts]
+                values = {kind: torch.stack([one[kind] for one in each]) for kind in self.reads}
+                found[name].append(InputUse(dim, values))
         return found

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pruner_lib.importance.criteria import GRADIENTS, Criterion
+from pruner_lib.importance.ends import RowGradient
 
-_CHUNK = 1 << 18  # elements scored at a time: never a matrix as large as the parameter, and cache-sized
+_CHUNK = 1 << 19  # elements scored at a time: never a matrix as large as the parameter, and cache-sized
 
-Known = Mapping[str, Tensor]
+Known = Mapping[str, Tensor | RowGradient]
 ByDim = dict[int, Tensor]
 
 
@@ -22,7 +23,8 @@ class InputUse:
 
     Attributes:
         dim: the dimension of the parameter that runs over its inputs.
-        values: any of r, m, v to a vector of that dimension's size.
+        values: any of r, m, v to a vector of that dimension's size; of a stack of experts, a row of such
+            numbers per expert ``[experts, size]``.
     """
 
     dim: int
@@ -47,7 +49,8 @@ def index_scores(
     Args:
         criterion: not one that draws.
         weight: W, any shape; computed in float32 or, if it is float64, in float64.
-        known: g and h, of the same shape, as far as the criterion reads them.
+        known: g and h, of the same shape, as far as the criterion reads them; only runs of their rows are
+            asked for.
         uses: what the parameter's uses read; their scores are added up.
         dims: which dimensions; all if None.
 
@@ -104,9 +107,10 @@ def _operands(
             operand = weight if name == "W" else known[name]
             found[name] = operand[rows].detach().to(weight.device, _wide(weight))
         else:
-            shape = [1] * weight.ndim
-            shape[use.dim] = -1
             vector = use.values[name].to(weight.device, _wide(weight))
+            shape = [1] * weight.ndim
+            shape[use.dim] = vector.shape[-1]
+            shape[0] = len(vector) if vector.ndim == 2 else shape[0]
             found[name] = vector.view(shape).expand(weight.shape)[rows]
     return found
 
@@ -123,5 +127,6 @@ def _channel_scores(
     for use in uses:
         if weight.ndim > 1 and use.dim in dims:
             score = criterion.score(**{name: use.values[name].double() for name in criterion.reads}).cpu()
+            score = score.mean(0) if score.ndim == 2 else score  # over the experts
             found[use.dim] = found[use.dim] + score if use.dim in found else score
     return found

@@ -1,5 +1,8 @@
 """How right is each criterion? Every criterion × reduction against the measured loss change.
 
+A group's loss change is measured by zeroing it alone; and, since pruning takes many groups at once, the
+lowest quarter of every judged family, as each criterion × reduction has it, is zeroed together too.
+
     python -m pruner_lib.importance.study --out docs/importance            # under an hour on two cores
     python -m pruner_lib.importance.study --smoke --out runs/smoke         # a minute, to see that it runs
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.importance.ablation import loss_changes
-from pruner_lib.importance.calibration import check_finite, token_losses, untouched
+from pruner_lib.importance.calibration import check_finite, mean_loss, token_losses, untouched
 from pruner_lib.importance.criteria import CRITERIA, REDUCTIONS
 from pruner_lib.importance.estimate import estimate_importance, scored_dims, slice_scores
 from pruner_lib.importance.gradients import handing_over
@@ -49,9 +53,10 @@ class StudySettings:
         sources, seeds: calibration texts (their training split) and draws.
         sizes: numbers of calibration samples, rising.
         seq_len: tokens of a calibration sample.
+        ratio: of each judged family, the share of groups that is zeroed at once, lowest scores first.
 
     Raises:
-        ValueError: nothing to measure, or sizes that do not rise.
+        ValueError: nothing to measure, sizes that do not rise, or a ratio outside (0, 1).
     """
 
     layers: tuple[int, ...]
@@ -64,6 +69,7 @@ class StudySettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     seq_len: int = 64
+    ratio: float = 0.25
 
     def __post_init__(self) -> None:
         if not (self.layers and self.sources and self.seeds and self.sizes):
@@ -72,6 +78,8 @@ class StudySettings:
             raise ValueError(f"sizes must rise from at least 1; got {self.sizes}")
         if self.truth_samples < 2 or self.truth_samples % 2:
             raise ValueError(f"truth_samples must be even, to be split in halves; got {self.truth_samples}")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio must lie between 0 and 1, such as 0.25; got {self.ratio}")
 
     @classmethod
     def full(cls, num_layers: int) -> StudySettings:
@@ -126,6 +134,17 @@ class Study:
             chosen[family.name] = (family, sorted(sample.tolist()))
         return chosen
 
+    def truth_tokens(self) -> Tensor:
+        """The text on which groups are zeroed ``[truth_samples, truth_seq_len]``."""
+        wanted = self.settings
+        return self.draw(
+            source=wanted.truth_source,
+            split=wanted.truth_split,
+            num_samples=wanted.truth_samples,
+            seq_len=wanted.truth_seq_len,
+            seed=0,
+        )
+
     def piece(self, name: str, make: Callable[[], Any]) -> Any:
         """A measured piece: from its file if that is of the same study, else made and written."""
         described = {"model": self.name, **asdict(self.settings)}
@@ -146,14 +165,7 @@ class Study:
 
 def measure_truth(study: Study) -> dict[str, list[list[float]]]:
     """Family to the loss changes of its measured groups on each half of the text ``[2][groups]``."""
-    wanted, truth = study.settings, {}
-    tokens = study.draw(
-        source=wanted.truth_source,
-        split=wanted.truth_split,
-        num_samples=wanted.truth_samples,
-        seq_len=wanted.truth_seq_len,
-        seed=0,
-    )
+    tokens, truth = study.truth_tokens(), {}
     for name, (family, groups) in study.families().items():
 
         def make(family: GroupFamily = family, groups: list[int] = groups) -> list[list[float]]:
@@ -167,7 +179,11 @@ def measure_truth(study: Study) -> dict[str, list[list[float]]]:
 
 
 def measure_estimates(study: Study) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(source, seed, estimates): number of samples → criterion → reduction → family → scores."""
+    """(source, seed, what was estimated), one after the other.
+
+    ``"scores"`` is number of samples → criterion → reduction → family → scores of the measured groups;
+    ``"lowest"``, at the largest number, criterion → reduction → family → the groups of the lowest share.
+    """
     for source in study.settings.sources:
         for seed in study.settings.seeds:
             name = f"estimates/{source}-{seed}"
@@ -180,11 +196,11 @@ def _estimate(study: Study, source: str, seed: int) -> dict[str, Any]:
     A smaller draw of the same seed is the beginning of a larger one, so sums over the first sequences
     are what the smaller draw would have given.
     """
-    settings = study.settings
+    settings, chosen = study.settings, study.families()
     tokens = study.draw(
         source=source, split="train", num_samples=settings.sizes[-1], seq_len=settings.seq_len, seed=seed
     )
-    families = [family for family, _ in study.families().values()]
+    families = [family for family, _ in chosen.values()]
     dims = scored_dims(study.model, study.dependencies, families, include_vectors=True)
     parameters = {name: study.model.get_parameter(name) for name in dims}
     watch = InputWatch({n: p for n, p in parameters.items() if p.ndim > 1}, ("r", "m", "v"))
@@ -198,7 +214,7 @@ def _estimate(study: Study, source: str, seed: int) -> dict[str, Any]:
         sums[name][0].add_(wide)
         sums[name][1].addcmul_(wide, wide)
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"scores": {}}
     with untouched(study.model, parameters) as wanted, handing_over(wanted, add), torch.enable_grad():
         for number, sequence in enumerate(tokens.split(1)):
             with watch:
@@ -206,8 +222,31 @@ def _estimate(study: Study, source: str, seed: int) -> dict[str, Any]:
             check_finite(study.model, sequence, losses.detach(), number)
             losses.mean().backward()
             if number + 1 in settings.sizes:
-                found[str(number + 1)] = _all_scores(study, watch, sums, dims, number + 1, seed)
+                scores = _all_scores(study, watch, sums, dims, number + 1, seed)
+                found["scores"][str(number + 1)] = _each(
+                    scores, lambda name, values: values[chosen[name][1]].tolist()
+                )
+    found["lowest"] = _each(scores, lambda name, values: _lowest(values, settings.ratio))
     return found
+
+
+AllScores = dict[str, dict[str, dict[str, Any]]]  # criterion → reduction → family → something
+
+
+def _each(scores: AllScores, change: Callable[[str, Tensor], Any]) -> AllScores:
+    """The same with every family's scores made into something else."""
+    return {
+        criterion: {
+            reduction: {name: change(name, values) for name, values in families.items()}
+            for reduction, families in reductions.items()
+        }
+        for criterion, reductions in scores.items()
+    }
+
+
+def _lowest(values: Tensor, ratio: float) -> list[int]:
+    """Indices of the lowest round(ratio · n) scores, at least one; ties go to the lower index."""
+    return sorted(values.argsort(stable=True)[: max(1, round(ratio * len(values)))].tolist())
 
 
 def _all_scores(
@@ -217,18 +256,18 @@ def _all_scores(
     dims: Mapping[str, set[int]],
     count: int,
     seed: int,
-) -> dict[str, Any]:
-    """Criterion → reduction → family → scores of the measured groups, from sums over ``count`` sequences."""
+) -> AllScores:
+    """Criterion → reduction → family → scores of all its groups, from sums over ``count`` sequences."""
     parameters = {name: study.model.get_parameter(name) for name in dims}
-    uses = watch.finish(parameters, Share())
-    chosen, found = study.families(), {}
+    uses = watch.finish(parameters, Share(), count * study.settings.seq_len)
+    families = {name: family for name, (family, _) in study.families().items()}
+    found: AllScores = {}
     for criterion in CRITERIA.values():
         if criterion.scope == "group":
             drawn = estimate_importance(
-                study.model, study.dependencies, None, criterion=criterion, families=list(chosen), seed=seed
+                study.model, study.dependencies, None, criterion=criterion, families=list(families), seed=seed
             )
-            scores = {name: drawn[name][groups].tolist() for name, (_, groups) in chosen.items()}
-            found[criterion.name] = {"none": scores}
+            found[criterion.name] = {"none": dict(drawn.scores)}
             continue
         by_index: dict[str, ByDim] = {}
         for name, parameter in parameters.items():
@@ -236,15 +275,54 @@ def _all_scores(
             known = {kind: total / count for kind, total in pairs if kind in criterion.reads}
             by_index[name] = index_scores(criterion, parameter, known, uses[name], dims[name])
         mean = criterion.scope == "channel"
-        slices = {
-            name: slice_scores(family, by_index, mean=mean)[:, groups]
-            for name, (family, groups) in chosen.items()
-        }
+        slices = {name: slice_scores(family, by_index, mean=mean) for name, family in families.items()}
         found[criterion.name] = {
-            reduction: {name: reduce(values).tolist() for name, values in slices.items()}
+            reduction: {name: reduce(values) for name, values in slices.items()}
             for reduction, reduce in REDUCTIONS.items()
         }
     return found
+
+
+def measure_removals(study: Study, lowest: Mapping[tuple[str, int], AllScores]) -> dict[str, AllScores]:
+    """Source to criterion → reduction → kind → the loss change when the lowest share goes at once.
+
+    Of every judged family of a kind in the studied layers, the groups that the estimate puts lowest are
+    zeroed together, on half of the truth's text. Each source is judged by one draw, of another seed each.
+
+    Args:
+        study: what is measured.
+        lowest: (source, seed) to what ``measure_estimates`` calls so.
+    """
+    sources, seeds = study.settings.sources, study.settings.seeds
+    return {
+        source: study.piece(f"removals/{source}", partial(_remove, study, lowest[source, seed]))
+        for source, seed in zip(sources, itertools.cycle(seeds))
+    }
+
+
+def _remove(study: Study, lowest: AllScores) -> AllScores:
+    pieces = [study.truth_tokens().chunk(2)[0]]
+    layers = {name: family.layer for name, (family, _) in study.families().items()}
+    measured: dict[str, float] = {}
+
+    def loss(removal: Mapping[str, list[int]]) -> float:
+        """Each set of groups once; several reductions often agree."""
+        key = json.dumps(removal, sort_keys=True)
+        if key not in measured:
+            measured[key] = mean_loss(study.dependencies.zero(study.model, removal).eval(), pieces)
+        return measured[key]
+
+    def changes(families: Mapping[str, list[int]]) -> dict[str, float]:
+        by_kind: dict[str, dict[str, list[int]]] = {}
+        for name, groups in families.items():
+            if layers[name] in study.settings.layers:
+                by_kind.setdefault(study.dependencies.family(name).kind, {})[name] = groups
+        return {kind: loss(removal) - loss({}) for kind, removal in by_kind.items()}
+
+    return {
+        criterion: {reduction: changes(families) for reduction, families in reductions.items()}
+        for criterion, reductions in lowest.items()
+    }
 
 
 def run_study(study: Study, out: Path) -> Path:
@@ -260,8 +338,9 @@ def run_study(study: Study, out: Path) -> Path:
     from pruner_lib.importance.study_report import write_report
 
     truth = measure_truth(study)
-    estimates = {(source, seed): found for source, seed, found in measure_estimates(study)}
-    return write_report(study, truth, estimates, out)
+    found = {(source, seed): piece for source, seed, piece in measure_estimates(study)}
+    removals = measure_removals(study, {key: piece["lowest"] for key, piece in found.items()})
+    return write_report(study, truth, {key: piece["scores"] for key, piece in found.items()}, removals, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
