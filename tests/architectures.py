@@ -16,7 +16,7 @@ from zoo import CONFIGURATIONS, NAMES, tiny
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.pruning import PruningPlan
-from pruner_lib.pruning.configuration import find_blueprint, follow_blueprint, shapes_of
+from pruner_lib.pruning.configuration import Blueprint, find_blueprint, follow_blueprint, shapes_of
 from pruner_lib.pruning.slicing import meta_copy, sliced_copy
 from pruner_lib.pruning.verification import find_difference
 
@@ -52,12 +52,15 @@ def opens(model: nn.Module, dependencies: DependencyMap, kind: str) -> str:
     """Whether a configuration describes the model without one group of each family of the kind."""
     removal = {f.name: one_each(f) for f in dependencies.select(kind=kind) if can_lose(f)}
     plan = PruningPlan.from_removal(dependencies, removal)
-    trial = sliced_copy(meta_copy(model), plan)
-    found = find_blueprint(model, plan, shapes_of(trial))
-    if found is None:
-        return IN_MEMORY
-    follow_blueprint(trial, found[0].model, found[1].model)
-    return IN_MEMORY if find_difference(trial, plan) else BY_CONFIGURATION
+    empty = sliced_copy(meta_copy(model), plan)
+
+    def describes(dense: Blueprint, cut: Blueprint) -> bool:
+        trial = meta_copy(empty)
+        follow_blueprint(trial, dense.model, cut.model)
+        return find_difference(trial, plan) is None
+
+    found = find_blueprint(model, plan, shapes_of(empty), describes)
+    return IN_MEMORY if found is None else BY_CONFIGURATION
 
 
 def rows(dependencies: DependencyMap) -> Iterator[tuple[str, str, str, str | None]]:

@@ -86,12 +86,13 @@ class LabelStore:
         """The representative of each term's class (the smallest term of the class)."""
         parent = self._parent
         roots = parent[terms]
-        while True:
-            above = parent[roots]
-            if np.array_equal(above, roots):
-                break
+        above = parent[roots]
+        if (above == roots).all():
+            return roots
+        while not (above == roots).all():
             parent[roots] = parent[above]
             roots = parent[roots]
+            above = parent[roots]
         parent[terms] = roots
         return roots
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import quietness, rules_math, rules_shape
+from .memo import Shapes
 from .state import Dim, Info, Trace
 
 RULES: dict[Any, Callable] = {**rules_math.RULES, **rules_shape.RULES}
@@ -74,10 +75,11 @@ class LabelMode(TorchDispatchMode):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
+        self.shapes = Shapes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self.shapes.call(func, args, kwargs)
         outs = out if isinstance(out, (list, tuple)) else [out]
         if not any(isinstance(t, torch.Tensor) for t in outs):
             return out

@@ -22,7 +22,7 @@ from pruner_lib.pruning.slicing import SHAPE_NAMES
 
 NO_WIDTH = SHAPE_NAMES | {"num_hidden_layers"}
 _MAX_CHANGES = 4  # numbers scaled together
-_MAX_TRIES = 400  # checks made before giving up
+_MAX_TRIES = 100  # checks made before giving up, each a discovery; several kinds are cut one by one
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,15 @@ def apply_assignment(model: nn.Module, assignment: Assignment, num_layers: int) 
 
 def _scale(holder: Any, site: Site, layer: int) -> None:
     value = vars(holder)[site.attribute]
-    if site.position is None:
-        setattr(holder, site.attribute, site.profile.scaled(value, layer))
+    old = value if site.position is None else value[site.position]
+    new = site.profile.scaled(old, layer)
+    if new is None:  # layers that hold different numbers: this one is no multiple, so it is no such size
         return
-    items = list(value)
-    items[site.position] = site.profile.scaled(items[site.position], layer)
-    setattr(holder, site.attribute, type(value)(items))
+    if site.position is not None:
+        items = list(value)
+        items[site.position] = new
+        new = type(value)(items)
+    vars(holder)[site.attribute] = new  # not by setattr: a configuration's validators know only the old sizes
 
 
 def _sites(model: nn.Module, profile: Profile, num_layers: int) -> Iterator[Site]:

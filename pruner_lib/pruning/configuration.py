@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 Widths = dict[str, dict[int, int]]  # configuration entry -> layer -> value
 _MAX_ENTRIES = 3  # entries that one profile may change together; two (heads and KV heads) is the usual number
+_MAX_BUILDS = 100  # models built before giving up; the widest search of the zoo that finds one takes 59
+_MAX_REFUSALS = 6  # configurations of the right shapes that the caller's check refused
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,12 @@ def saved_and_read(config: PreTrainedConfig) -> PreTrainedConfig | None:
         return None
 
 
-def find_blueprint(model: nn.Module, plan: PruningPlan, target: Shapes) -> tuple[Blueprint, Blueprint] | None:
+def find_blueprint(
+    model: nn.Module,
+    plan: PruningPlan,
+    target: Shapes,
+    accept: Callable[[Blueprint, Blueprint], bool] = lambda dense, cut: True,
+) -> tuple[Blueprint, Blueprint] | None:
     """Search the configuration whose model has exactly the shapes of the cut one.
 
     Whole-number entries that may be a factor of a cut dimension are scaled as that dimension is,
@@ -72,6 +79,8 @@ def find_blueprint(model: nn.Module, plan: PruningPlan, target: Shapes) -> tuple
         model: the dense model; nothing is read but its class, configuration and shapes.
         plan: what is cut.
         target: shapes of the cut model.
+        accept: told what builds the dense and the cut model, says whether that is right; where shapes
+            alone do not tell (into how many groups a router sorts its experts) the search goes on.
 
     Returns:
         What builds the dense and the cut model, or None when no configuration says the cut.
@@ -85,15 +94,21 @@ def find_blueprint(model: nn.Module, plan: PruningPlan, target: Shapes) -> tuple
     if dense is None or shapes_of(dense.model) != search.shapes:
         return None
     search.dense = dense
-    widths = search.solve(profiles(plan, model.config.num_hidden_layers))
-    cut = None if widths is None else search.build(widths)
-    if cut is None or shapes_of(cut.model) != target or not _same_constants(dense.model, cut.model):
-        return None
-    return dense, cut
+    refusals = 0
+    for widths in search.solutions(profiles(plan, model.config.num_hidden_layers), {}):
+        cut = search.build(widths)
+        if cut is None or shapes_of(cut.model) != target or not _same_constants(dense.model, cut.model):
+            continue
+        if accept(dense, cut):
+            return dense, cut
+        refusals += 1
+        if refusals == _MAX_REFUSALS:
+            break
+    return None
 
 
 class _Search:
-    """Tries configurations of one model; keeps nothing but what it was given."""
+    """Tries configurations of one model; keeps nothing but what it was given and how many it tried."""
 
     def __init__(self, model: PreTrainedModel, target: Shapes) -> None:
         self.model_class = type(model)
@@ -101,6 +116,7 @@ class _Search:
         self.shapes = shapes_of(model)
         self.target = target
         self.dense: Blueprint
+        self.builds = 0
         self.layers = range(self.config.num_hidden_layers)
         self.values = {layer: vars(self.config.per_layer_config[layer]) for layer in self.layers}
 
@@ -113,28 +129,30 @@ class _Search:
         model = build_empty(self.model_class, config)
         return None if model is None else Blueprint(config, model)
 
-    def solve(self, pending: tuple[Profile, ...]) -> Widths | None:
-        """Entries for all profiles, found one profile after another.
+    def solutions(self, pending: tuple[Profile, ...], widths: Widths) -> Iterator[Widths]:
+        """Entries for all profiles, one profile after another, the smallest changes first.
 
         One entry may settle several (the head count of a fused projection), so a profile that finds
         none is tried again after the others.
         """
-        widths: Widths = {}
-        while pending:
-            for profile in pending:
-                found = self._settle(profile, widths)
-                if found is not None:
-                    widths, shapes = found
-                    pending = tuple(p for p in pending if not self._is_settled(p, shapes))
-                    break
-            else:
-                return None
-        return widths
+        if not pending:
+            yield widths
+        for profile in pending:
+            settled = False
+            for found, shapes in self._settlings(profile, widths):
+                settled = True
+                rest = tuple(p for p in pending if not self._is_settled(p, shapes))
+                yield from self.solutions(rest, found)
+            if settled:  # beginning with another profile would only find the same again
+                return
 
-    def _settle(self, profile: Profile, widths: Widths) -> tuple[Widths, Shapes] | None:
-        """The smallest change that brings a profile to its new size and nothing to a wrong one."""
+    def _settlings(self, profile: Profile, widths: Widths) -> Iterator[tuple[Widths, Shapes]]:
+        """Changes, small ones first, that bring a profile to its new size and nothing to a wrong one."""
         for proposal in self._proposals(profile):
             together = {**widths, **proposal}
+            if self.builds >= _MAX_BUILDS:
+                return
+            self.builds += 1
             blueprint = self.build(together)
             if blueprint is None:
                 continue
@@ -142,8 +160,7 @@ class _Search:
             fits = self._on_the_way(shapes) and self._is_settled(profile, shapes)
             # With 4 KV heads of 4 channels, 3 channels give the right shapes and a wrong softmax scale.
             if fits and _same_constants(self.dense.model, blueprint.model):
-                return together, shapes
-        return None
+                yield together, shapes
 
     def _is_settled(self, profile: Profile, shapes: Shapes) -> bool:
         return all(shapes[name][dim] == self.target[name][dim] for name, dim in profile.places)

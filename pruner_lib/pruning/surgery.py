@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from pruner_lib.pruning.attributes import Assignment, apply_assignment, find_assignment
 from pruner_lib.pruning.compensation import Compensation
 from pruner_lib.pruning.compensation import compensate as fit_readers
-from pruner_lib.pruning.configuration import find_blueprint, follow_blueprint, shapes_of
+from pruner_lib.pruning.configuration import Blueprint, find_blueprint, follow_blueprint, shapes_of
 from pruner_lib.pruning.dropping import drop_in_place
 from pruner_lib.pruning.errors import PruningError
+from pruner_lib.pruning.in_turn import kinds_in_turn, prune_in_turn
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ratios import profiles
 from pruner_lib.pruning.slicing import meta_copy, sliced_copy
@@ -58,16 +59,20 @@ def _cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
         return drop_in_place(_cut(model, plan.width), plan.dropped_modules)
     if not plan.removal:
         return sliced_copy(model, plan)
-    trial = sliced_copy(meta_copy(model), plan)
-    blueprints = find_blueprint(model, plan, shapes_of(trial))
-    if blueprints is not None:
-        dense, cut = blueprints
+    empty = sliced_copy(meta_copy(model), plan)
+
+    def describes(dense: Blueprint, cut: Blueprint) -> bool:
+        trial = meta_copy(empty)
         follow_blueprint(trial, dense.model, cut.model)
-        problem = find_difference(trial, plan)
-        if problem is None:
-            pruned = sliced_copy(model, plan)
-            follow_blueprint(pruned, dense.model, cut.model)
-            return pruned
+        return find_difference(trial, plan) is None
+
+    blueprints = find_blueprint(model, plan, shapes_of(empty), describes)
+    if blueprints is not None:
+        pruned = sliced_copy(model, plan)
+        follow_blueprint(pruned, *(blueprint.model for blueprint in blueprints))
+        return pruned
+    if len(kinds_in_turn(plan)) > 1:
+        return prune_in_turn(model, plan, _cut)
     num_layers = plan.dependencies.num_layers
     assignment = _search_attributes(model, plan)
     pruned = sliced_copy(model, plan)
