@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,13 +51,22 @@ def sliced_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy on the meta device: shapes and code, no values."""
+    return _empty_copy(model, {})
+
+
+def sliced_meta_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """What :func:`sliced_copy` returns, without values: shapes and code, nothing sliced."""
+    empty = _empty_copy(model, plan.new_shapes())
+    follow_shapes(empty)
+    return empty
+
+
+def _empty_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        empty = tensor.new_empty(shapes.get(name, tensor.shape), device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)
 
 

@@ -10,7 +10,7 @@ from pruner_lib.pruning.dropping import drop_in_place
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ratios import profiles
-from pruner_lib.pruning.slicing import meta_copy, sliced_copy
+from pruner_lib.pruning.slicing import meta_copy, sliced_copy, sliced_meta_copy
 from pruner_lib.pruning.verification import find_difference
 
 
@@ -46,7 +46,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         return drop_in_place(prune(model, plan.width), plan.dropped_modules)
     if not plan.removal:
         return sliced_copy(model, plan)
-    trial = sliced_copy(meta_copy(model), plan)
+    trial = sliced_meta_copy(model, plan)
     blueprints = find_blueprint(model, plan, shapes_of(trial))
     if blueprints is not None:
         dense, cut = blueprints
@@ -79,7 +79,7 @@ def _check_same_model(model: nn.Module, plan: PruningPlan) -> None:
 def _search_attributes(model: nn.Module, plan: PruningPlan) -> Assignment:
     """Numbers on the modules that must change, or a refusal."""
     num_layers = plan.dependencies.num_layers
-    empty = sliced_copy(meta_copy(model), plan)
+    empty = sliced_meta_copy(model, plan)
     reasons: list[str] = []
 
     def confirm(assignment: Assignment) -> bool:
