@@ -64,23 +64,22 @@ def test_sliding_and_full_layers_are_two_sorts():
     assert stand_ins(model, {}).kept == (0, 1, 4, 5)
 
 
-def flipped(layer):
-    layer.mlp.act_fn = Flipped()
+def scaled(layer):
+    layer.mlp.act_fn = Scaled()
 
 
-class Flipped(torch.nn.Module):
+class Scaled(torch.nn.Module):
     def forward(self, x):
-        return x.flip(-1)
+        return x * 0.3
 
 
 @pytest.mark.parametrize(
     "breaking",
     [
-        lambda layer: setattr(layer.self_attn, "scaling", 0.5),
         lambda layer: setattr(layer.self_attn, "num_key_value_groups", 1),
-        lambda layer: setattr(layer.self_attn, "head_dim", 4),
+        lambda layer: setattr(layer.self_attn, "head_dim", 8),
         lambda layer: setattr(layer.mlp, "up_proj", layer.mlp.gate_proj),
-        flipped,
+        scaled,
     ],
 )
 def test_one_wrong_layer_in_the_middle_is_found(cut, breaking):
