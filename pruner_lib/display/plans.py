@@ -39,9 +39,7 @@ def plot_plan(plan: PruningPlan) -> Figure:
         lines.plot(where, share, markersize=4 + 2 * behind, linewidth=1.5 + 1.5 * behind, **style)
     units = {layer_of_unit(unit): 2 for unit in plan.dropped}
     if units:
-        lines.plot(
-            *zip(*units.items(), strict=True), "x", color=INK, label="dropped whole"
-        )
+        lines.plot(*zip(*units.items(), strict=True), "x", color=INK, label="dropped whole")
     lines.set_xlim(bars.get_xlim())
     lines.set_ylim(0, 105)
     tidy(lines, title="groups kept", xlabel="layer", ylabel="%")

@@ -44,8 +44,8 @@ def dropped_in_words(plan: PruningPlan) -> str:
     """What goes whole: ``"layers 13-23; attention of layers 2, 5"``."""
     numbers: dict[str, list[int | None]] = {}
     for unit in plan.dropped:
-        _, number, *inside = unit.split(".")
-        numbers.setdefault(inside[0] if inside else "", []).append(int(number))
+        parts = unit.split(".")
+        numbers.setdefault(parts[2] if len(parts) > 2 else "", []).append(int(parts[1]))
     words = []
     for inside, layers in numbers.items():
         noun = "layer" if len(layers) == 1 else "layers"

@@ -33,6 +33,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         A new model, ordinary in every way: it generates with a cache, trains, takes adapters.
 
     Raises:
+        TypeError: no plan.
         PruningError: the plan is for another model, or no way was found to make the model's code
             run at the new sizes.
 
@@ -64,7 +65,17 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def _check_same_model(model: nn.Module, plan: PruningPlan) -> None:
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(
+            f"prune wants a PruningPlan (plan_pruning, PruningPlan.from_removal), not a {type(plan).__name__}"
+        )
     shapes = shapes_of(model)
+    unknown = [name for name, _ in model.named_parameters() if name not in plan.dependencies.shapes]
+    if unknown:
+        raise PruningError(
+            f"the plan is for another model: it knows no {unknown[0]}, which this model has; call discover "
+            "and plan_pruning on the model that is cut"
+        )
     for parameter, expected in plan.dependencies.shapes.items():
         if shapes.get(parameter, expected) != tuple(expected) or (
             parameter not in shapes and parameter in plan.parameters
