@@ -111,3 +111,25 @@ def test_the_short_model_is_a_model_and_the_long_one_stays(cut):
 
 def test_a_plain_module_has_no_layers_to_leave_out():
     assert stand_ins(torch.nn.Sequential(torch.nn.Linear(4, 4)), {}) is None
+
+
+def held_while(make):
+    """What a call returns, and the most bytes of tensors that it held at once."""
+    from pruner_lib.evaluation.memory import _allocated_by
+
+    made = []
+    return _allocated_by(lambda: made.append(make()), torch.device("cpu")), made[0]
+
+
+@pytest.mark.parametrize("dropped", [[], ["layers.0", "layers.3", "layers.4", "layers.5.mlp"]])
+def test_beside_the_given_model_a_cut_holds_the_new_one_and_a_matrix(dropped):
+    model = tiny("llama", **SIX, hidden_size=64, intermediate_size=1024)
+    dependencies = discover(model)
+    removal = {f"layers.{i}.mlp_neuron": range(0, 1024, 4) for i in range(6)}
+    plan = PruningPlan.from_removal(dependencies, removal, dropped=dropped)
+    peak, cut = held_while(lambda: prune(model, plan))
+    size = sum(p.numel() * p.element_size() for p in cut.parameters())
+    matrix = 64 * 1024 * 8
+    assert size <= peak < size + 2 * matrix, (peak, size)
+    given = {p.data_ptr() for p in model.parameters()}
+    assert not given & {p.data_ptr() for p in cut.parameters()}

@@ -44,9 +44,15 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     _check_same_model(model, plan)
     if plan.dropped:
-        return drop_in_place(prune(model, plan.width), plan.dropped_modules)
+        cut = _cut(model, plan.width, tuple(plan.dropped_modules.values()))
+        return drop_in_place(cut, plan.dropped_modules)
+    return _cut(model, plan)
+
+
+def _cut(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = ()) -> nn.Module:
+    """The model without the groups of a plan; ``spared`` as for :func:`sliced_copy`."""
     if not plan.removal:
-        return sliced_copy(model, plan)
+        return sliced_copy(model, plan, spared)
     trial = sliced_meta_copy(model, plan)
     blueprints = find_blueprint(model, plan, shapes_of(trial))
     if blueprints is not None:
@@ -54,12 +60,12 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         follow_blueprint(trial, dense.model, cut.model)
         problem = find_difference(trial, plan)
         if problem is None:
-            pruned = sliced_copy(model, plan)
+            pruned = sliced_copy(model, plan, spared)
             follow_blueprint(pruned, dense.model, cut.model)
             return pruned
     num_layers = plan.dependencies.num_layers
     assignment = _search_attributes(model, plan)
-    pruned = sliced_copy(model, plan)
+    pruned = sliced_copy(model, plan, spared)
     apply_assignment(pruned, assignment, num_layers)
     return pruned
 
