@@ -122,6 +122,15 @@ def test_it_trains_and_takes_adapters(tmp_path):
     assert len(trained) == 4, "two attentions and two MLPs are left"
 
 
+def test_it_compiles_whole():
+    model = thinner().eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(tokens(), use_cache=False).logits, logits(model), rtol=0, atol=1e-9
+        )
+
+
 def test_what_opens_it():
     answers = compatibility(thinner())
     assert not answers["transformers"].opens and answers["transformers with pruner_lib"].opens

@@ -109,6 +109,14 @@ def test_the_short_model_is_a_model_and_the_long_one_stays(cut):
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(6))
 
 
+def test_a_model_that_cannot_be_shortened_is_looked_at_whole(cut, monkeypatch):
+    def refuse(model, layers):
+        raise AttributeError("no such entry")
+
+    monkeypatch.setattr("pruner_lib.pruning.alike.remove_layers", refuse)
+    assert seen_layers(monkeypatch, *cut) == [6]
+
+
 def test_a_plain_module_has_no_layers_to_leave_out():
     assert stand_ins(torch.nn.Sequential(torch.nn.Linear(4, 4)), {}) is None
 

@@ -59,7 +59,8 @@ def stand_ins(model: nn.Module, facts: Mapping[int, Any]) -> StandIns | None:
         facts: what else must agree, by layer.
 
     Returns:
-        None when every layer is of its own sort, or there are too few to gain anything.
+        None when every layer is of its own sort, there are too few to gain anything, or the model cannot
+        be made shorter.
     """
     path, count = layer_list(model)
     if count < 3:
@@ -78,7 +79,12 @@ def stand_ins(model: nn.Module, facts: Mapping[int, Any]) -> StandIns | None:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     memo |= {id(layer): layer for layer in gone.values()}
     short = copy.deepcopy(model, memo)
-    remove_layers(short, {number: f"{path}.{number}" for number in gone})
+    try:
+        remove_layers(short, {number: f"{path}.{number}" for number in gone})
+    except (
+        Exception
+    ):  # a configuration of an unknown kind raises in its own way; then all layers are looked at
+        return None
     return StandIns(short, path, tuple(kept))
 
 
