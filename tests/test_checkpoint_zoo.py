@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,34 +96,35 @@ def opened_elsewhere(folders: list[str], place: Path, preamble: str) -> tuple[di
     return torch.load(place), raised, seen
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    place = tmp_path_factory.mktemp("zoo")
+def save_and_open(place: Path, names: Iterable[str], *, others: bool) -> Saved:
+    """Save plans of some architectures, and open all of them in two processes.
+
+    Args:
+        place: an empty folder.
+        names: of ``SAYS``.
+        others: also try those of which nothing is listed.
+    """
     result = Saved()
-    for name, kinds in SAYS.items():
+
+    def keep(folder: str, model: nn.Module, chosen: dict) -> None:
+        pruned = prune(model, PruningPlan.from_removal(discover(model), chosen))
+        save_pruned(pruned, place / folder)
+        result.before[folder] = logits(pruned)
+
+    for name in names:
         model = tiny(name, torch.float32)
         dependencies = discover(model)
-        plans = {f"{name}-uniform": removal(dependencies, kinds, None)}
+        keep(f"{name}-uniform", model, removal(dependencies, SAYS[name], None))
         if name in VARYING:
-            plans[f"{name}-varying"] = removal(dependencies, kinds[:2], (0,))
-        for folder, chosen in plans.items():
-            pruned = prune(model, PruningPlan.from_removal(dependencies, chosen))
-            save_pruned(pruned, place / folder)
-            result.before[folder] = logits(pruned)
-    for name in sorted(set(CONFIGURATIONS) - {*SAYS, *SAYS_NOTHING}):
+            keep(f"{name}-varying", model, removal(dependencies, SAYS[name][:2], (0,)))
+    for name in sorted(set(CONFIGURATIONS) - {*SAYS, *SAYS_NOTHING}) if others else ():
         model = tiny(name, torch.float32)
-        dependencies = discover(model)
         # Four at a time: torch multiplies experts only where a row takes a multiple of 16 bytes.
-        chosen = removal(dependencies, ("mlp_neuron",), None, (0, 1, 2, 3))
+        chosen = removal(discover(model), ("mlp_neuron",), None, (0, 1, 2, 3))
         with contextlib.suppress(CheckpointError, PruningError):  # it cannot be said: not tried
-            pruned = prune(model, PruningPlan.from_removal(dependencies, chosen))
-            save_pruned(pruned, place / f"{name}-tried")
-            result.before[f"{name}-tried"] = logits(pruned)
+            keep(f"{name}-tried", model, chosen)
     biased = make("llama", num_key_value_heads=4, attention_bias=True)
-    heads = {f"layers.{i}.attention_head": [0] for i in range(3)}
-    pruned = prune(biased, PruningPlan.from_removal(discover(biased), heads))
-    save_pruned(pruned, place / "llama-biased-varying")
-    result.before["llama-biased-varying"] = logits(pruned)
+    keep("llama-biased-varying", biased, {f"layers.{i}.attention_head": [0] for i in range(3)})
     folders = [str(place / folder) for folder in result.before]
     plain, refused, result.library_seen = opened_elsewhere(folders, place / "plain.pt", "")
     varying = [folder for folder in folders if folder.endswith("varying") or folder in refused]
@@ -134,12 +136,35 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return result
 
 
-@pytest.mark.parametrize("name", SAYS)
-def test_a_uniform_plan_opens_where_the_library_was_never_imported(saved: Saved, name: str) -> None:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Architectures of every layout: separate, fused and grouped projections, Conv1D, norms over heads."""
+    return save_and_open(tmp_path_factory.mktemp("zoo"), VARYING, others=False)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """All the others."""
+    names = [name for name in SAYS if name not in VARYING]
+    return save_and_open(tmp_path_factory.mktemp("rest"), names, others=True)
+
+
+def check_uniform(saved: Saved, name: str) -> None:
     assert not saved.library_seen
     folder = f"{name}-uniform"
     assert folder not in saved.refused, saved.refused.get(folder)
     assert torch.equal(saved.plain[folder], saved.before[folder])
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_a_uniform_plan_opens_where_the_library_was_never_imported(saved: Saved, name: str) -> None:
+    check_uniform(saved, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SAYS if name not in VARYING])
+def test_a_uniform_plan_of_every_other_architecture_opens_so(rest: Saved, name: str) -> None:
+    check_uniform(rest, name)
 
 
 @pytest.mark.parametrize("name", VARYING)
@@ -169,16 +194,17 @@ def test_an_architecture_whose_configuration_cannot_say_it_is_refused(name: str,
     assert answer.verdict == "no" and "no way to say" in answer.why
 
 
-def test_what_saves_opens_in_architectures_that_are_not_listed(saved: Saved) -> None:
+@pytest.mark.slow
+def test_what_saves_opens_in_architectures_that_are_not_listed(rest: Saved) -> None:
     assert {*SAYS, *SAYS_NOTHING} <= set(CONFIGURATIONS)
-    others = {folder: found for folder, found in saved.before.items() if folder.endswith("-tried")}
-    opened = {**saved.imported, **saved.plain}
+    others = {folder: found for folder, found in rest.before.items() if folder.endswith("-tried")}
+    opened = {**rest.imported, **rest.plain}
     wrong = {
-        folder: saved.refused.get(folder, "other logits")
+        folder: rest.refused.get(folder, "other logits")
         for folder, found in others.items()
         if folder not in opened or not torch.allclose(opened[folder], found, atol=1e-5)
     }
     assert wrong == {}
     # Only where some layers have no dense MLP does the same share of all neurons differ between layers.
-    needs_import = {folder.removesuffix("-tried") for folder in set(others) - set(saved.plain)}
+    needs_import = {folder.removesuffix("-tried") for folder in set(others) - set(rest.plain)}
     assert all(name.startswith("deepseek") for name in needs_import)

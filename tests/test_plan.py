@@ -132,6 +132,18 @@ def test_prints_what_goes_and_what_stays(dependencies):
     assert "nothing is removed" in str(PruningPlan.from_removal(dependencies, {}))
 
 
+def test_a_plan_of_many_widths_prints_on_a_screen():
+    dependencies = discover(tiny_llama(num_hidden_layers=10))
+    removal = {f"layers.{i}.mlp_neuron": range(max(1, i)) for i in range(1, 10) if i != 4}
+    dropped = ["layers.4", "layers.0", "layers.5.attention", "layers.6.attention", "layers.8.attention"]
+    lines = PruningPlan.from_removal(dependencies, removal, dropped=dropped).summary().splitlines()
+    assert lines[1:] == [
+        "  dropped whole: layers 0, 4; attention of layers 5-6, 8",
+        "  kind            layers            groups    kept  removed",
+        "  mlp_neuron      1-3, 5-9              10     1-9      1-9",
+    ]
+
+
 def test_save_and_load(dependencies, tmp_path):
     plan = plan_of(dependencies, attention_head=[1], mlp_neuron=[0, 9])
     again = PruningPlan.load(plan.save(tmp_path / "plan.json"), discover(tiny_llama()))

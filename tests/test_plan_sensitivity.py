@@ -116,8 +116,11 @@ def test_plans_of_every_sort_are_drawn():
     kept = [bar.get_height() for bar in bars.patches[:3]]
     assert kept[1] == 0 and kept[0] < kept[2]
     shares = {line.get_label(): list(line.get_ydata()) for line in lines.lines}
-    assert shares["hidden_channel"] == [87.5] * 3 and shares["mlp_neuron"][1] == 0
-    assert "layers.1 dropped whole" in display.describe_plan(plan)
+    assert shares["hidden_channel"] == [87.5] * 3
+    assert math.isnan(shares["mlp_neuron"][1]) and not math.isnan(shares["mlp_neuron"][2])
+    crosses = next(line for line in lines.lines if line.get_label() == "dropped whole")
+    assert list(crosses.get_xdata()) == [1]
+    assert "layer 1 dropped whole" in display.describe_plan(plan)
 
 
 @pytest.mark.parametrize(

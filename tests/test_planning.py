@@ -156,7 +156,12 @@ def test_round_to_holds_under_a_target():
         ({"ratio": 0.2, "kinds": "vocabulary"}, "'vocabulary': it cannot be cut here: the tokenizer"),
         ({"ratio": 0.2, "kinds": "hidden_channel", "layers": [1]}, "span layers need layers=None"),
         ({"ratio": 0.2, "round_to": 8}, r"cannot be met by layers\.0\.attention_head: it has 3 groups"),
-        ({"ratio": 0.2, "round_to": 0}, "round_to must be at least 1"),
+        ({"ratio": 0.2, "round_to": 0}, "round_to must be a whole number of at least 1, not 0"),
+        ({"ratio": 0.2, "round_to": {"mlp_neuron": 8.0}}, "a whole number of at least 1, not 8.0"),
+        ({"ratio": "0.2"}, "ratio '0.2' is outside"),
+        ({"target_macs": "2e9"}, "target_macs '2e9' is no budget"),
+        ({"ratio": 0.2, "layers": "4-26"}, r"layers are numbers of layers.*not '4-26'"),
+        ({"ratio": 0.2, "protect": [1.0]}, r"protect are numbers of layers.*not \[1.0\]"),
         ({"ratio": 0.2, "round_to": {"neurons": 8}}, "unknown kind 'neurons' in round_to"),
         ({"target_params": 0}, "target_params 0 is no budget"),
         ({"target_params": 10**9}, "above the dense model's"),
@@ -166,6 +171,18 @@ def test_round_to_holds_under_a_target():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         plan_pruning(DEPENDENCIES, SCORES, **options)
+
+
+def test_one_layer_by_its_number():
+    plan = plan_pruning(DEPENDENCIES, SCORES, ratio=0.5, layers=2)
+    assert plan.removal == plan_pruning(DEPENDENCIES, SCORES, ratio=0.5, layers=[2]).removal
+
+
+def test_other_objects_are_named():
+    with pytest.raises(TypeError, match=r"wants what discover\(model\) found, not a dict"):
+        plan_pruning({}, SCORES, ratio=0.2)
+    with pytest.raises(TypeError, match=r"wants scores .* not a NoneType"):
+        plan_pruning(DEPENDENCIES, None, ratio=0.2)
 
 
 def test_scores_must_fit():

@@ -265,6 +265,10 @@ def test_a_plan_for_another_model_is_refused() -> None:
     plan = PruningPlan.from_removal(discover(tiny()), {"layers.0.mlp_neuron": [0]})
     with pytest.raises(PruningError, match="another model"):
         prune(tiny(intermediate_size=40), plan)
+    with pytest.raises(PruningError, match=r"another model: it knows no model\.layers\.3\."):
+        prune(tiny(num_hidden_layers=4), plan)
+    with pytest.raises(TypeError, match=r"wants a PruningPlan .* not a dict"):
+        prune(tiny(), dict(plan.removal))
 
 
 def test_a_cut_that_nothing_confirms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pruner_lib.checkpoint.checks import check_saveable
 from pruner_lib.checkpoint.errors import CheckpointError
 from pruner_lib.checkpoint.gguf_layout import Layout, describe
 from pruner_lib.checkpoint.twin import needs_library, twin_config
+from pruner_lib.pruning.layer_config import sublayers_of
 
 # Architectures whose vLLM code reads head_dim from the configuration instead of dividing the width.
 _VLLM = ("llama", "mistral", "qwen3", "gemma")
@@ -112,7 +113,9 @@ def _transformers(model: PreTrainedModel) -> tuple[Answer, Answer]:
         how = f"saved as {twin.model_type}, which computes the same" if twin else "as any model"
         return Answer(plain, "yes", how), Answer(library, "yes", how)
     why = (
-        "the layers differ in width, and transformers' own code builds one width for all of them"
+        "some layers are without attention or MLP, and transformers' own code builds both in every layer"
+        if sublayers_of(model.config)
+        else "the layers differ in width, and transformers' own code builds one width for all of them"
         if model.config.is_heterogeneous
         else f"{type(model.config).__name__} refuses these sizes, although the model runs with them"
     )

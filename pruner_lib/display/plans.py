@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import TYPE_CHECKING
+from math import nan, prod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pruner_lib.discovery.units import layer_of_unit
 from pruner_lib.display.style import COLOURS, GREY, INK, MARKERS, layer_of, new_figure, tidy
 from pruner_lib.pruning import PruningPlan, Sensitivity
+from pruner_lib.pruning.plan_text import dropped_in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 def plot_plan(plan: PruningPlan) -> Figure:
     """Parameters that each layer keeps and loses (bars), and groups kept per kind (markers).
 
-    A kind that spans all layers (hidden channels) is a level line; a dropped layer has no bar left.
+    A kind that spans all layers (hidden channels) is a level line. A dropped layer has no bar left; what
+    is dropped whole, layer, attention or MLP, has a cross at the foot instead of a point on its kind's line.
     """
     before, after = _layer_params(plan)
     layers = np.arange(len(before))
@@ -26,27 +29,38 @@ def plot_plan(plan: PruningPlan) -> Figure:
     gone = (before - after) / 1e6
     bars.bar(layers, gone, bottom=after / 1e6, color=GREY, edgecolor=INK, hatch="///", label="removed")
     tidy(bars, title="parameters of each layer", xlabel="layer", ylabel="million")
-    bars.legend(loc="lower right", framealpha=0.95)
+    _legend_below(bars)
     kinds = list(dict.fromkeys(plan.dependencies.family(n).kind for n in plan.removal))
     for place, kind in enumerate(kinds):
-        style = {"color": COLOURS[place % 7], "marker": MARKERS[place % 7], "markersize": 4, "label": kind}
+        # Lines that coincide stay told apart: the later one is thinner, its markers smaller.
+        behind = len(kinds) - 1 - place
+        style = {"color": COLOURS[place % 7], "marker": MARKERS[place % 7], "label": kind}
         where, share = _kept_shares(plan, kind, len(before))
-        lines.plot(where, share, **style)
+        lines.plot(where, share, markersize=4 + 2 * behind, linewidth=1.5 + 1.5 * behind, **style)
+    units = {layer_of_unit(unit): 2 for unit in plan.dropped}
+    if units:
+        lines.plot(*zip(*units.items(), strict=True), "x", color=INK, label="dropped whole")
+    lines.set_xlim(bars.get_xlim())
     lines.set_ylim(0, 105)
     tidy(lines, title="groups kept", xlabel="layer", ylabel="%")
-    if kinds:
-        lines.legend(frameon=False, loc="lower right")
+    if kinds or units:
+        _legend_below(lines)
     return figure
 
 
+def _legend_below(axes: Any) -> None:
+    """Under the axes, where it covers no data."""
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+
+
 def _kept_shares(plan: PruningPlan, kind: str, num_layers: int) -> tuple[list[int], list[float]]:
-    """Layers, and the share of the kind's groups that each keeps, in per cent."""
+    """Layers, and the share of the kind's groups that each keeps, in per cent; NaN where none is left."""
     where: list[int] = []
     share: list[float] = []
     for family in plan.dependencies.select(kind=kind):
         layers = range(num_layers) if family.layer is None else [family.layer]
         where += layers
-        share += [100 * plan.kept_sizes[family.name] / family.size] * len(layers)
+        share += [100 * plan.kept_sizes[family.name] / family.size or nan] * len(layers)
     return where, share
 
 
@@ -55,7 +69,7 @@ def describe_plan(plan: PruningPlan) -> str:
     before, after = _layer_params(plan)
     touched = int((after < before).sum())
     share = 100 * plan.num_params_removed / plan.params_before
-    dropped = f", {', '.join(plan.dropped)} dropped whole" if plan.dropped else ""
+    dropped = f", {dropped_in_words(plan)} dropped whole" if plan.dropped else ""
     return (
         f"{touched} of {len(before)} layers lose parameters{dropped}; {plan.params_after:,} of "
         f"{plan.params_before:,} remain ({share:.1f} % removed)."
@@ -91,6 +105,8 @@ def plot_sensitivity(scan: Sensitivity, *, limit: float | None = None) -> Figure
         axes.plot(*zip(*points, strict=True), **style) if points else None
     axes.axhline(1.0, color=INK, linewidth=0.8, linestyle="--", label="dense")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     title = f"each layer alone without {scan.ratio:.0%} of its groups"
     tidy(axes, title=title, xlabel="layer", ylabel="perplexity / dense (log scale)")
     axes.legend(frameon=False)

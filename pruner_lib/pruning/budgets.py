@@ -14,7 +14,7 @@ from pruner_lib.pruning.costs import CostSum, cost_terms
 from pruner_lib.pruning.ladders import Column, Counts, Steps, sorted_steps, state_of
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ranking import GlobalRanking, ranked_steps
-from pruner_lib.pruning.selection import known
+from pruner_lib.pruning.selection import is_number, known
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
@@ -41,15 +41,15 @@ class Budget:
         if isinstance(self.ratio, Mapping):
             known(tuple(self.ratio), "ratio")
         for ratio in self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio or 0,):
-            if not 0 <= ratio < 1:
+            if not is_number(ratio) or not 0 <= ratio < 1:
                 raise ValueError(
-                    f"ratio {ratio} is outside [0, 1): it is the share of groups removed from each family, "
+                    f"ratio {ratio!r} is outside [0, 1): it is the share of groups removed from each family, "
                     "0.25 for a quarter. For a number of parameters use target_params"
                 )
-        if not 0 < self.target < math.inf:
+        if not is_number(self.target) or not 0 < self.target < math.inf:
             raise ValueError(
-                f"target_{self.measure} {self.target} is no budget: give a share of the dense model up to 1, "
-                "or a count"
+                f"target_{self.measure} {self.target!r} is no budget: give a share of the dense model up to "
+                "1, or a count"
             )
 
     @classmethod

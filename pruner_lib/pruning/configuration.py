@@ -15,7 +15,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from pruner_lib.pruning.layer_config import IMPLEMENTATIONS, MARK, enable_per_layer_config, mark_config
+from pruner_lib.pruning.layer_config import (
+    IMPLEMENTATIONS,
+    enable_per_layer_config,
+    mark_config,
+    unmark_config,
+)
 from pruner_lib.pruning.ratios import Profile, profiles
 
 if TYPE_CHECKING:
@@ -235,7 +240,7 @@ class _Search:
 def _with_widths(config: PreTrainedConfig, widths: Widths) -> PreTrainedConfig | None:
     """A copy of ``config`` with new widths that survives saving and reading; None if there is none."""
     new = copy.deepcopy(config)
-    vars(new).pop(MARK, None)
+    unmark_config(new)
     try:
         overrides = _set_widths(new, widths)
         if overrides:

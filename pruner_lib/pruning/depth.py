@@ -125,8 +125,8 @@ def prune_layers(
 
     A dropped layer hands its input on. The result is an ordinary, shorter model: ``num_hidden_layers`` and
     the lists of the configuration follow, and plain ``from_pretrained`` opens what ``save_pruned`` writes.
-    A dropped sublayer leaves a gap that no configuration can say: the model works in memory (cache,
-    training, adapters), and ``save_pruned`` refuses it.
+    A dropped sublayer is a gap that transformers alone cannot build: what ``save_pruned`` writes opens once
+    ``pruner_lib`` is imported, and raises without it.
 
     Example:
         >>> shorter = prune_layers(model, [20, 21])                       # these two

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,32 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pruner_lib.discovery.units import layer_of_unit
 from pruner_lib.importance.calibration import untouched
 from pruner_lib.importance.skipping import skipped
-from pruner_lib.pruning.configuration import build_empty, saved_and_read, shapes_of
+from pruner_lib.pruning.configuration import build_empty, saved_and_read
 from pruner_lib.pruning.errors import PruningError
-from pruner_lib.pruning.layer_config import MARK
-
-_LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
-
-
-class NoSublayer(nn.Module):
-    """Stands where an attention or MLP was, and adds nothing to the residual stream.
-
-    Returns zeros of the input's shape, or the residual itself where the sublayer adds it on its own
-    (BLOOM), followed by as many None as the sublayer returned values besides.
-    """
-
-    def __init__(self, sublayer: nn.Module, values: int | None) -> None:
-        super().__init__()
-        self.adds_residual = "residual" in inspect.signature(sublayer.forward).parameters
-        self.values = values  # length of the tuple that the sublayer returned; None for a bare tensor
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
-        if self.adds_residual:
-            out = kwargs["residual"] if "residual" in kwargs else args[1]
-        else:
-            out = torch.zeros_like(hidden)
-        return out if self.values is None else (out, *[None] * (self.values - 1))
+from pruner_lib.pruning.layer_config import unmark_config
+from pruner_lib.pruning.sublayer_config import same_modules, say_sublayers
+from pruner_lib.pruning.sublayers import (
+    NoSublayer,
+    cache_slots,
+    layer_types,
+    missing_sublayers,
+    renumber,
+    without_attention,
+)
 
 
 def drop_in_place(model: nn.Module, modules: Mapping[str, str]) -> nn.Module:
@@ -63,11 +48,14 @@ def drop_in_place(model: nn.Module, modules: Mapping[str, str]) -> nn.Module:
     sublayers = {unit: path for unit, path in modules.items() if unit.count(".") > 1}
     layers = {layer_of_unit(unit): path for unit, path in modules.items() if unit not in sublayers}
     said = is_built_by_its_configuration(model)
+    path = _list_of_layers(modules)
     if sublayers:
-        _replace(model, sublayers)
+        _replace(model, path, sublayers)
     if layers:
-        _remove(model, layers)
-    if said and layers and not sublayers and not is_built_by_its_configuration(model):
+        remove_layers(model, layers)
+    if missing_sublayers(model.get_submodule(path)):
+        said = said and say_sublayers(model, path)
+    if said and layers and not is_built_by_its_configuration(model):
         gone = ", ".join(map(str, sorted(layers)))
         raise PruningError(
             f"cannot drop layers {gone} of {type(model).__name__}: its configuration has no way to say "
@@ -107,12 +95,22 @@ def _check_same_function(model: nn.Module, expected: torch.Tensor | None) -> Non
         )
 
 
-def _replace(model: nn.Module, sublayers: Mapping[str, str]) -> None:
+def _list_of_layers(modules: Mapping[str, str]) -> str:
+    unit, path = next(iter(modules.items()))
+    parts = path.split(".")
+    return ".".join(parts[: parts.index(str(layer_of_unit(unit)))])
+
+
+def _replace(model: nn.Module, path: str, sublayers: Mapping[str, str]) -> None:
     values = _returned_values(model, list(sublayers.values()))
-    for path in sublayers.values():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, NoSublayer(model.get_submodule(path), values[path]))
-    _share_out_cache(model, {layer_of_unit(u) for u in sublayers if u.endswith(".attention")}, sublayers)
+    holder = model.get_submodule(path)
+    before = _slots(model, holder)
+    for unit, place in sublayers.items():
+        parent, _, name = place.rpartition(".")
+        empty = NoSublayer(model.get_submodule(place), unit.rpartition(".")[2], values[place])
+        setattr(model.get_submodule(parent), name, empty)
+    for old, new, layer in zip(before, _slots(model, holder), holder.children(), strict=True):
+        renumber(layer, old, new)
 
 
 def _returned_values(model: nn.Module, paths: Sequence[str]) -> dict[str, int | None]:
@@ -142,34 +140,16 @@ def _returned_values(model: nn.Module, paths: Sequence[str]) -> dict[str, int | 
     )
 
 
-def _share_out_cache(model: nn.Module, without: set[int], sublayers: Mapping[str, str]) -> None:
-    """Give the attentions that stay the first slots of the cache, in place.
-
-    A cache tells its length by the first slot of a kind (full or sliding), which must be in use.
-    """
-    if not without:
-        return
-    config = getattr(model, "config", None)
-    path = next(iter(sublayers.values())).split(".")
-    layers = model.get_submodule(".".join(path[: path.index(str(layer_of_unit(next(iter(sublayers)))))]))
-    count = len(list(layers.children()))
-    types = getattr(config, "layer_types", None) or [""] * count
-    for kind in dict.fromkeys(types):
-        slots = [layer for layer in range(count) if types[layer] == kind]
-        users = [layer for layer in slots if layer not in without]
-        for slot, layer in zip(slots, users, strict=False):
-            _renumber(layers.get_submodule(str(layer)), layer, slot)
-
-
-def _remove(model: nn.Module, layers: Mapping[int, str]) -> None:
+def remove_layers(model: nn.Module, layers: Mapping[int, str]) -> None:
+    """Take layers (number to path) out, in place; those left and the configuration are renumbered."""
     parent = next(iter(layers.values())).rpartition(".")[0]
     holder = model.get_submodule(parent)
+    before = _slots(model, holder)
     kept = [layer for layer in range(len(list(holder.children()))) if layer not in layers]
     left = [holder.get_submodule(str(layer)) for layer in kept]
-    for new, (old, layer) in enumerate(zip(kept, left, strict=True)):
-        _renumber(layer, old, new)
     owner, _, name = parent.rpartition(".")
-    setattr(model.get_submodule(owner), name, type(holder)(left) if _is_list(holder) else type(holder)(*left))
+    shorter = type(holder)(left) if _is_list(holder) else type(holder)(*left)
+    setattr(model.get_submodule(owner), name, shorter)
     seen: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = vars(module).get("config")
@@ -177,17 +157,18 @@ def _remove(model: nn.Module, layers: Mapping[int, str]) -> None:
             seen[id(config)] = config
     for config in seen.values():
         _keep_layers(config, kept)
+    for old, new, layer in zip(kept, _slots(model, shorter), left, strict=True):
+        renumber(layer, before[old], new)
+
+
+def _slots(model: nn.Module, holder: nn.Module) -> list[int]:
+    count = len(list(holder.children()))
+    without = without_attention(missing_sublayers(holder))
+    return cache_slots(layer_types(getattr(model, "config", None), count), without)
 
 
 def _is_list(holder: nn.Module) -> bool:
     return isinstance(holder, nn.ModuleList)
-
-
-def _renumber(layer: nn.Module, old: int, new: int) -> None:
-    for module in layer.modules():
-        for name in _LAYER_NUMBERS:
-            if vars(module).get(name) == old:
-                setattr(module, name, new)
 
 
 def _keep_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
@@ -212,7 +193,7 @@ def _keep_layers(config: PreTrainedConfig, kept: Sequence[int]) -> None:
 
 def _restore_overrides(config: PreTrainedConfig, overrides: dict[int, dict[str, Any]]) -> None:
     """Per-layer entries of the layers left; those that are now the same everywhere become global."""
-    for entry in dict.fromkeys(entry for values in overrides.values() for entry in values):
+    for entry in dict.fromkeys(entry for values in overrides.values() for entry in values if entry != "skip"):
         current = [values.get(entry, vars(config).get(entry)) for values in overrides.values()]
         if all(value == current[0] for value in current):
             vars(config)[entry] = current[0]
@@ -222,9 +203,9 @@ def _restore_overrides(config: PreTrainedConfig, overrides: dict[int, dict[str, 
         config.per_layer_config = {layer: values for layer, values in overrides.items() if values}
         return
     plain = copy.deepcopy(config)
-    vars(plain).pop(MARK, None)
+    unmark_config(plain)
     if saved_and_read(plain) is not None:
-        vars(config).pop(MARK, None)
+        unmark_config(config)
 
 
 def is_built_by_its_configuration(model: nn.Module) -> bool:
@@ -236,20 +217,7 @@ def is_built_by_its_configuration(model: nn.Module) -> bool:
         return False
     config._attn_implementation_internal = model.config._attn_implementation_internal
     built = build_empty(type(model), config)
-    if built is None or shapes_of(built) != shapes_of(model):
-        return False
-    others = dict(built.named_modules())
-    return all(name in others and _numbers(m) == _numbers(others[name]) for name, m in model.named_modules())
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """Plain values that a module keeps, which its forward may depend on."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in _STATE
-    }
+    return built is not None and same_modules(built, model)
 
 
 _NOT_OF_LAYERS = ("token_id", "token_ids", "architectures")  # lists that may have as many entries by chance
-_STATE = ("training", "gradient_checkpointing", "is_gradient_checkpointing", "name_or_path")

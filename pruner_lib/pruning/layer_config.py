@@ -13,14 +13,18 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pruner_lib.pruning.sublayers import NoSublayer, cache_slots, layer_types, renumber
+
 MARK = "pruner_lib"
+SCHEMA = 2  # of the mark; 1 has no "sublayers"
 # How attention and experts are computed: transformers' choices for a model, kept in every configuration.
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 _WRAPPED = "_wrapped_by_pruner_lib"
@@ -34,8 +38,25 @@ def is_marked(config: Any) -> bool:
 
 def mark_config(config: PreTrainedConfig) -> None:
     """Mark a configuration, in place, as one that opens only where ``pruner_lib`` is imported."""
-    setattr(config, MARK, {"needs": "import pruner_lib", "schema": 1})
+    if not sublayers_of(config):
+        setattr(config, MARK, {"needs": "import pruner_lib", "schema": 1})
     _relax_validation(type(config))
+
+
+def mark_sublayers(config: PreTrainedConfig, sublayers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write into the mark, in place, what is gone from the layers that ``skip`` it, by name in the layer."""
+    setattr(config, MARK, {"needs": "import pruner_lib", "schema": SCHEMA, "sublayers": dict(sublayers)})
+
+
+def unmark_config(config: PreTrainedConfig) -> None:
+    """Take the mark off, in place, unless sublayers are gone, which only this library understands."""
+    if not sublayers_of(config):
+        vars(config).pop(MARK, None)
+
+
+def sublayers_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """What the mark says of sublayers that are gone; empty without a mark."""
+    return vars(config).get(MARK, {}).get("sublayers", {})
 
 
 def enable_per_layer_config() -> None:
@@ -110,7 +131,8 @@ def _layer_init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         config = bound.arguments.get("config")
-        if config is not None and is_marked(config) and config.is_heterogeneous:
+        differs = config is not None and is_marked(config) and config.is_heterogeneous
+        if config is not None and differs:
             layers = [bound.arguments[name] for name in _LAYER_ARGUMENTS if name in bound.arguments]
             if not layers or layers[0] is None:
                 raise RuntimeError(
@@ -119,8 +141,27 @@ def _layer_init(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
             bound.arguments["config"] = config.per_layer_config[layers[0]]
         original(*bound.args, **bound.kwargs)
+        if config is not None and differs:
+            _take_out(self, config, layers[0])
 
     return __init__
+
+
+def _take_out(layer: torch.nn.Module, config: PreTrainedConfig, number: int) -> None:
+    """Take the sublayers that a layer skips out of it, in place, and give it its slot of the cache."""
+    described = sublayers_of(config)
+    skips = {n: v["skip"] for n, v in config._heterogeneity_spec.per_layer_overrides.items() if "skip" in v}
+    unknown = {name for names in skips.values() for name in names} - set(described)
+    if unknown or config.__dict__[MARK].get("schema", 1) > SCHEMA:
+        found = f"the sublayers {', '.join(sorted(unknown))}" if unknown else "a newer kind of checkpoint"
+        raise RuntimeError(f"this version of pruner_lib does not understand {found}; install a newer one")
+    for name in skips.get(number, ()):
+        gone = described[name]
+        setattr(layer, name, NoSublayer(getattr(layer, name), gone["kind"], gone["values"]))
+    attentions = {name for name, gone in described.items() if gone["kind"] == "attention"}
+    without = {n for n, names in skips.items() if attentions & set(names)}
+    if without:
+        renumber(layer, number, cache_slots(layer_types(config, config.num_hidden_layers), without)[number])
 
 
 def _relax_validation(config_class: type) -> None:

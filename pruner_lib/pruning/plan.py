@@ -20,6 +20,7 @@ from pruner_lib.discovery.families import GroupFamily, Removal
 from pruner_lib.discovery.units import depth_units
 from pruner_lib.pruning.costs import Cost, cost_terms
 from pruner_lib.pruning.errors import PruningError
+from pruner_lib.pruning.plan_text import plan_as_text
 from pruner_lib.pruning.units import checked_units, without_dropped
 from pruner_lib.pruning.validation import checked_removal
 
@@ -240,27 +241,12 @@ class PruningPlan:
     def summary(self, *, cost: bool = False) -> str:
         """A compact table: one row for all families of a kind that lose the same number of groups.
 
+        A kind that leaves more than six sizes, as global plans do, is one row from least to most.
+
         Args:
             cost: add multiply-accumulates, bytes and KV cache, which may have to be traced first.
         """
-        before, after = self.params_before, self.params_after
-        share = 100 * (before - after) / before if before else 0.0
-        lines = [f"PruningPlan: {before:,} -> {after:,} parameters ({share:.1f} % removed)"]
-        if cost:
-            lines[0] += f"\n{_compared(self.dense_cost, self.cost())}"
-        if self.dropped:
-            lines.append(f"  dropped whole: {', '.join(self.dropped)}")
-        rows: dict[tuple[str, int, int], list[int | None]] = {}
-        for family in self.dependencies.families:
-            if family.name in self.removal:
-                key = (family.kind, family.size, self.kept_sizes[family.name])
-                rows.setdefault(key, []).append(family.layer)
-        if not rows:
-            return "\n".join(lines) + ("" if self.dropped else "\n  (nothing is removed)")
-        lines.append(f"  {'kind':<16}{'layers':<16}{'groups':>8}{'kept':>8}{'removed':>9}")
-        for (kind, size, kept), layers in rows.items():
-            lines.append(f"  {kind:<16}{_ranges(layers):<16}{size:>8,}{kept:>8,}{size - kept:>9,}")
-        return "\n".join(lines)
+        return plan_as_text(self, self.dense_cost if cost else None)
 
     def __repr__(self) -> str:
         return self.summary()
@@ -351,34 +337,6 @@ def _check_same_model(path: Path, document: Mapping[str, Any], dependencies: Dep
             f"{path} is a plan for another model: the groups differ in {'; '.join(differing[:3])}{more}. "
             "Load the model the plan was made for, or plan again with plan_pruning"
         )
-
-
-def _compared(dense: Cost, cut: Cost) -> str:
-    """One line: multiply-accumulates, weights and KV cache, before and after."""
-    parts = [
-        f"{dense.macs / 1e9:,.2f} -> {cut.macs / 1e9:,.2f} G multiply-accumulates at {cut.batch_size} × "
-        f"{cut.seq_len} tokens",
-        f"{dense.weight_bytes / 2**20:,.1f} -> {cut.weight_bytes / 2**20:,.1f} MiB of weights",
-    ]
-    if dense.kv_cache_bytes_per_token is not None:
-        parts.append(
-            f"{dense.kv_cache_bytes_per_token:,} -> {cut.kv_cache_bytes_per_token:,} bytes of cache a token"
-        )
-    return "  " + ", ".join(parts)
-
-
-def _ranges(layers: Iterable[int | None]) -> str:
-    """``[4, 5, 6, 9]`` as ``"4-6, 9"``; families that span layers as ``"all"``."""
-    numbers = sorted(layer for layer in layers if layer is not None)
-    if not numbers:
-        return "all"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number <= runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if run[-1] > run[0] else str(run[0]) for run in runs)
 
 
 __all__ = ["PruningPlan"]

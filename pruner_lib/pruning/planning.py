@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from pruner_lib.discovery.units import UNITS, units_of_kind
+from pruner_lib.importance.scores import ImportanceScores
 from pruner_lib.pruning.budgets import Budget, Search
 from pruner_lib.pruning.ladders import Ladder, Scores, columns_of, depth_ladder, family_ladder
 from pruner_lib.pruning.plan import PruningPlan
@@ -35,11 +36,11 @@ def plan_pruning(
     target_macs: float | None = None,
     target_bytes: float | None = None,
     scope: str | None = None,
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     kinds: str | Iterable[str] | None = None,
     round_to: Per = 1,
     minimum: Per = 1,
-    protect: Iterable[int] = (),
+    protect: int | Iterable[int] = (),
     uniform: bool = False,
     ranking: GlobalRanking | None = None,
     preset: str | Preset | None = None,
@@ -101,6 +102,7 @@ def plan_pruning(
 
     Source: local ratios, LLM-Pruner, arXiv 2305.11627, section 3.3.
     """
+    _check_given(dependencies, scores)
     chosen = resolved(preset, scope, kinds, ranking)
     budget = Budget.of(ratio, params=target_params, macs=target_macs, weight_bytes=target_bytes)
     places = chosen_layers(dependencies, layers, protect)
@@ -116,6 +118,18 @@ def plan_pruning(
     search = Search(dependencies, columns_of(ladders, uniform=uniform), budget)
     counts = search.by_rank(chosen.ranking) if chosen.scope == "global" else search.evenly()
     return search.plan(counts)
+
+
+def _check_given(dependencies: object, scores: object) -> None:
+    from pruner_lib.discovery import DependencyMap
+
+    if not isinstance(dependencies, DependencyMap):
+        raise TypeError(f"plan_pruning wants what discover(model) found, not a {type(dependencies).__name__}")
+    if not isinstance(scores, Mapping | ImportanceScores):
+        raise TypeError(
+            f"plan_pruning wants scores (estimate_importance, or a tensor per family), "
+            f"not a {type(scores).__name__}"
+        )
 
 
 def resolved(

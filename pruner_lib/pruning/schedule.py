@@ -90,7 +90,9 @@ def prune_iteratively(
     chosen = resolved(*given)
     planning |= {"kinds": chosen.kinds}
     planning |= {
-        name: tuple(planning[name]) for name in ("layers", "protect") if planning.get(name) is not None
+        name: planning[name] if isinstance(planning[name], int | str) else tuple(planning[name])
+        for name in ("layers", "protect")
+        if planning.get(name) is not None
     }
     if "block" in chosen.kinds and (planning.get("layers") is not None or planning.get("protect")):
         raise ValueError(

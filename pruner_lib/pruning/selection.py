@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,8 +37,8 @@ class Limits:
             if isinstance(value, Mapping):
                 known(tuple(value), label)
             for number in value.values() if isinstance(value, Mapping) else (value,):
-                if number < 1:
-                    raise ValueError(f"{label} must be at least 1, not {number}")
+                if not is_number(number, Integral) or number < 1:
+                    raise ValueError(f"{label} must be a whole number of at least 1, not {number!r}")
 
     def of(self, family: GroupFamily) -> tuple[int, int]:
         """``(step, least)`` of a family; for query heads the step is a multiple of the KV groups too."""
@@ -51,6 +53,11 @@ class Limits:
                     + f". Give a number per kind, for example {label}={{'mlp_neuron': {value}}}"
                 )
         return step, max(least, family.at_least)  # a router chooses so many experts for every token
+
+
+def is_number(value: object, sort: type = Real) -> bool:
+    """True for Python's and NumPy's numbers; a text is none."""
+    return isinstance(value, sort)
 
 
 def _of(value: Per, kind: str) -> int:
@@ -71,16 +78,16 @@ def known(kinds: tuple[str, ...], argument: str) -> tuple[str, ...]:
 
 
 def chosen_layers(
-    dependencies: DependencyMap, layers: Iterable[int] | None, protect: Iterable[int]
+    dependencies: DependencyMap, layers: int | Iterable[int] | None, protect: int | Iterable[int]
 ) -> list[int] | None:
     """Layers that may be touched; None for all.
 
     Raises:
-        ValueError: a layer that the model has not, or none left.
+        ValueError: a layer that the model has not or that is no whole number, or none left.
     """
     last = dependencies.num_layers - 1
-    wanted = None if layers is None else sorted(set(layers))
-    spared = sorted(set(protect))
+    wanted = None if layers is None else _numbers("layers", layers)
+    spared = _numbers("protect", protect)
     for label, found in (("layers", wanted), ("protect", spared or None)):
         if found is not None and (not found or found[0] < 0 or found[-1] > last):
             asked = f"{found[0]} to {found[-1]}" if found else "none"
@@ -94,6 +101,16 @@ def chosen_layers(
     if not left:
         raise ValueError(f"protect leaves no layer to prune: all of {wanted or f'0 to {last}'} are protected")
     return left
+
+
+def _numbers(label: str, layers: int | Iterable[int]) -> list[int]:
+    """Sorted numbers of layers, each once."""
+    try:
+        return sorted({operator.index(layer) for layer in ([layers] if isinstance(layers, int) else layers)})
+    except TypeError as error:
+        raise ValueError(
+            f"{label} are numbers of layers, such as range(4, 27) or [0, 1, 29], not {layers!r}"
+        ) from error
 
 
 def families_of_kind(dependencies: DependencyMap, kind: str, layers: list[int] | None) -> list[GroupFamily]:

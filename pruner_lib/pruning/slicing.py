@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ _SHAPE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
 SHAPE_NAMES = frozenset({"normalized_shape", *(name for _, names in _SHAPE_ATTRIBUTES for name in names)})
 
 
-def sliced_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
+def sliced_copy(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = ()) -> nn.Module:
     """A deep copy whose parameters and buffers hold only what ``plan`` keeps.
 
     Tensors are sliced on their way into the copy, so memory peaks at the two models. Tied
@@ -32,31 +33,65 @@ def sliced_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Args:
         model: left as it is.
         plan: made for this model.
+        spared: paths of modules that the caller takes out of the copy next. What the plan leaves whole in
+            them is the given model's own, not a copy.
 
     Returns:
         The copy. Its modules still believe the old head counts; its ``in_features`` and the like
         are right.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {id(tensor): tensor for tensor in _whole_inside(model, plan, spared)}
     for name, parameter in model.named_parameters():
+        if id(parameter) in memo:
+            continue
         value = nn.Parameter(_sliced(parameter.detach(), name, plan), requires_grad=parameter.requires_grad)
         memo[id(parameter)] = value
     for name, buffer in model.named_buffers():
-        memo[id(buffer)] = _sliced(buffer.detach(), name, plan)
+        if id(buffer) not in memo:
+            memo[id(buffer)] = _sliced(buffer.detach(), name, plan)
     pruned = copy.deepcopy(model, memo)
     follow_shapes(pruned)
     return pruned
 
 
+def _whole_inside(model: nn.Module, plan: PruningPlan, paths: tuple[str, ...]) -> list[torch.Tensor]:
+    """Tensors that lie in those modules alone, tied to nothing outside, and lose nothing."""
+    inside = tuple(f"{path}." for path in paths)
+    if not inside:
+        return []
+    places: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        places.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    return [
+        tensors[key]
+        for key, names in places.items()
+        if all(name.startswith(inside) and not plan.removed_indices(name) for name in names)
+    ]
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy on the meta device: shapes and code, no values."""
+    return _empty_copy(model, {})
+
+
+def sliced_meta_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """What :func:`sliced_copy` returns, without values: shapes and code, nothing sliced."""
+    empty = _empty_copy(model, plan.new_shapes())
+    follow_shapes(empty)
+    return empty
+
+
+def _empty_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        empty = tensor.new_empty(shapes.get(name, tensor.shape), device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)
 
 

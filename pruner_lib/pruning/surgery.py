@@ -13,7 +13,7 @@ from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.in_turn import kinds_in_turn, prune_in_turn
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ratios import profiles
-from pruner_lib.pruning.slicing import meta_copy, sliced_copy
+from pruner_lib.pruning.slicing import meta_copy, sliced_copy, sliced_meta_copy
 from pruner_lib.pruning.verification import find_difference
 
 
@@ -40,6 +40,7 @@ def prune(
         A new model, ordinary in every way: it generates with a cache, trains, takes adapters.
 
     Raises:
+        TypeError: no plan.
         PruningError: the plan is for another model, or no way was found to make the model's code
             run at the new sizes.
 
@@ -49,17 +50,19 @@ def prune(
         46
     """
     _check_same_model(model, plan)
-    pruned = _cut(model, plan)
+    if plan.dropped:
+        cut = _cut(model, plan.width, tuple(plan.dropped_modules.values()))
+        pruned = drop_in_place(cut, plan.dropped_modules)
+    else:
+        pruned = _cut(model, plan)
     return pruned if compensate is None else fit_readers(model, pruned, plan, compensate).model
 
 
-def _cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The cut alone."""
-    if plan.dropped:
-        return drop_in_place(_cut(model, plan.width), plan.dropped_modules)
+def _cut(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = ()) -> nn.Module:
+    """The model without the groups of a plan; ``spared`` as for :func:`sliced_copy`."""
     if not plan.removal:
-        return sliced_copy(model, plan)
-    empty = sliced_copy(meta_copy(model), plan)
+        return sliced_copy(model, plan, spared)
+    empty = sliced_meta_copy(model, plan)
 
     def describes(dense: Blueprint, cut: Blueprint) -> bool:
         trial = meta_copy(empty)
@@ -68,20 +71,30 @@ def _cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     blueprints = find_blueprint(model, plan, shapes_of(empty), describes)
     if blueprints is not None:
-        pruned = sliced_copy(model, plan)
+        pruned = sliced_copy(model, plan, spared)
         follow_blueprint(pruned, *(blueprint.model for blueprint in blueprints))
         return pruned
     if len(kinds_in_turn(plan)) > 1:
         return prune_in_turn(model, plan, _cut)
     num_layers = plan.dependencies.num_layers
     assignment = _search_attributes(model, plan)
-    pruned = sliced_copy(model, plan)
+    pruned = sliced_copy(model, plan, spared)
     apply_assignment(pruned, assignment, num_layers)
     return pruned
 
 
 def _check_same_model(model: nn.Module, plan: PruningPlan) -> None:
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(
+            f"prune wants a PruningPlan (plan_pruning, PruningPlan.from_removal), not a {type(plan).__name__}"
+        )
     shapes = shapes_of(model)
+    unknown = [name for name, _ in model.named_parameters() if name not in plan.dependencies.shapes]
+    if unknown:
+        raise PruningError(
+            f"the plan is for another model: it knows no {unknown[0]}, which this model has; call discover "
+            "and plan_pruning on the model that is cut"
+        )
     for parameter, expected in plan.dependencies.shapes.items():
         if shapes.get(parameter, expected) != tuple(expected) or (
             parameter not in shapes and parameter in plan.parameters
@@ -96,7 +109,7 @@ def _check_same_model(model: nn.Module, plan: PruningPlan) -> None:
 def _search_attributes(model: nn.Module, plan: PruningPlan) -> Assignment:
     """Numbers on the modules that must change, or a refusal."""
     num_layers = plan.dependencies.num_layers
-    empty = sliced_copy(meta_copy(model), plan)
+    empty = sliced_meta_copy(model, plan)
     reasons: list[str] = []
 
     def confirm(assignment: Assignment) -> bool:

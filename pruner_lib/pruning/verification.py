@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
+
+from pruner_lib.pruning.alike import StandIns, by_layer, stand_ins
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap, GroupFamily
@@ -30,27 +32,64 @@ def find_difference(model: nn.Module, plan: PruningPlan) -> str | None:
     Returns:
         The first difference in words, or None when there is none.
     """
+    promised = {
+        family.name: tables
+        for family in plan.dependencies.families
+        if len(next(iter((tables := _remaining(family, plan)).values()), ())) > 1
+    }
+    factors = plan.dependencies.factors
+    short = stand_ins(model, by_layer(model, _facts(plan, promised)))
+    if short is not None:
+        kept = {name: _renamed(tables, short) for name, tables in promised.items()}
+        renamed = [(short.renamed(module), *rest) for module, *rest in factors]
+        numbers = {number for number in renamed if number[0] is not None}
+        if _difference(short.model, kept, numbers, plan) is None:
+            return None
+    return _difference(model, promised, set(factors), plan)
+
+
+def _facts(plan: PruningPlan, promised: Mapping[str, Tables]) -> Iterator[tuple[str, Any]]:
+    """What the dense model's discovery knows and the plan promises, parameter by parameter."""
+    for family in plan.dependencies.families:
+        role = family.name if family.layer is None else (family.kind, family.blocked)
+        for (parameter, dim), rows in promised.get(family.name, {}).items():
+            yield parameter, (role, dim, rows.shape, rows.tobytes())
+    for module, *rest in plan.dependencies.factors:
+        yield module, tuple(rest)
+
+
+def _renamed(tables: Tables, short: StandIns) -> Tables:
+    """Tables of the places that the short model has, under its names."""
+    names = {old: short.renamed(old) for old, _ in tables}
+    left: Tables = {}
+    for (old, dim), rows in tables.items():
+        name = names[old]
+        if name is not None:
+            left[name, dim] = rows
+    return _ordered(left, next(iter(left))) if left else {}
+
+
+def _difference(
+    model: nn.Module, promised: Mapping[str, Tables], factors: set[Any], plan: PruningPlan
+) -> str | None:
     from pruner_lib.discovery import DiscoveryError, discover
 
     try:
-        found = discover(model)
+        found = discover(model, example_inputs=plan.dependencies._inputs)
     except DiscoveryError as error:
         return f"it does not run ({' '.join(str(error.__cause__ or error).split())[:200]})"
-    moved = set(plan.dependencies.factors) ^ set(found.factors)
+    moved = factors ^ set(found.factors)
     if moved:
         module, operator, number = sorted(moved)[0]
         where = module or "the model"
         return f"a number in its code moved with the cut ({operator} with {number:.6g} in {where})"
     by_place = _by_place(found)
-    for family in plan.dependencies.families:
-        expected = _remaining(family, plan)
-        if len(next(iter(expected.values()), ())) < 2:
-            continue
-        if not _is_found(expected, by_place):
+    for name, expected in promised.items():
+        if expected and not _is_found(expected, by_place):
             place, rows = next(iter(expected.items()))
             sizes = sorted({len(tables[place]) for tables in by_place.get(place, [])})
             return (
-                f"{family.name} should keep {len(rows)} groups of {rows.shape[1]} indices in {place[0]}, "
+                f"{name} should keep {len(rows)} groups of {rows.shape[1]} indices in {place[0]}, "
                 f"discovery finds {sizes or 'no'} groups there"
             )
     return None
