@@ -22,7 +22,6 @@ CASES = {
     "neurons differ": ("llama", {**ALL, "layers.1.mlp_neuron": [5]}),
     "channels": ("llama", {"hidden_channel": [0, 7]}),
     "gemma": ("gemma", {"layers.1.mlp_neuron": [0, 2, 4]}),
-    "gpt2 heads": ("gpt2", {f"layers.{i}.attention_head": [1] for i in range(3)}),
     "gpt2 neurons": ("gpt2", ALL),
 }
 

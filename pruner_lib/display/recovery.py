@@ -74,6 +74,8 @@ class RecoveryMonitor(widgets.VBox):
         self._every, self._clock, self._drawn = every, clock, -float("inf")
         self.stop.on_click(lambda button: self._press())
         super().__init__([self.stop, self.text, self.picture])
+        self.add_class("pruner-lab")
+        self.add_class("pruner-lab-recovery")
 
     def _press(self) -> None:
         self.stopped = True
