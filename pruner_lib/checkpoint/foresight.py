@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ class Foresight:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._skeleton = meta_copy(model)
+        self._skeleton: Any = meta_copy(model)
         self._known: dict[Hashable, Compatibility] = {}
 
     def knows(self, plan: PruningPlan) -> bool:

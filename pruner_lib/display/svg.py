@@ -94,23 +94,35 @@ def _which(indices: np.ndarray, word: str) -> str:
     return f"{len(indices)} {plural} from {first} to {last}"
 
 
-def bars_svg(kept: Sequence[float], before: Sequence[float], alt: str, *, unit: str = "M") -> str:
+def scaled(value: float, base: float = 1e3) -> tuple[float, str]:
+    """What one unit is and its letter, so that the value has one to three digits before the point.
+
+    >>> scaled(135_000_000)
+    (1000000.0, 'M')
+    """
+    powers = [
+        (base**power, letter) for power, letter in ((3, "G"), (2, "M"), (1, "k" if base == 1e3 else "K"))
+    ]
+    return next((pair for pair in powers if value >= pair[0]), (1.0, ""))
+
+
+def bars_svg(kept: Sequence[float], before: Sequence[float], alt: str) -> str:
     """One bar per layer: what stays, filled, below what goes, hatched.
 
     Args:
-        kept: per layer.
-        before: per layer, at least as much.
+        kept: numbers of parameters, per layer.
+        before: the same, at least as many.
         alt: what the picture shows, in words.
-        unit: of both, for the scale.
     """
     wide, high, left, foot = 720.0, 190.0, 46.0, 40.0
     step = (wide - left) / max(1, len(before))
     top = max(before, default=0.0) or 1.0
-    parts = [_scale(top, wide, high, left, unit)]
+    unit, letter = scaled(top)
+    parts = [_scale(top / unit, wide, high, left, letter)]
     every = max(1, len(before) // 15)
     for layer, (stays, all_) in enumerate(zip(kept, before, strict=True)):
         x, broad, whole, low = left + (layer + 0.1) * step, 0.8 * step, high * all_ / top, high * stays / top
-        said = f"<title>layer {layer}: {stays:.2f} of {all_:.2f} {unit} stay</title>"
+        said = f"<title>layer {layer}: {stays / unit:.2f} of {all_ / unit:.2f} {letter} stay</title>"
         parts.append(
             f'<g>{said}<rect x="{x:.1f}" y="{high - whole:.1f}" width="{broad:.1f}" height="{whole:.1f}" '
             f'fill="url(#pruner-lab-gone)" stroke="{INK}" stroke-width="0.6"/>'
@@ -138,12 +150,12 @@ _HATCH = (
 )
 
 
-def _scale(top: float, wide: float, high: float, left: float, unit: str) -> str:
+def _scale(top: float, wide: float, high: float, left: float, letter: str) -> str:
     lines = []
     for share in (0.0, 0.5, 1.0):
-        y = high * (1 - share)
+        y, mark = high * (1 - share), f"{share * top:.3g} {letter}"
         lines.append(
             f'<line x1="{left}" x2="{wide}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GREY}"/>'
-            f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end" {_FONT}>{share * top:.2g} {unit}</text>'
+            f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end" {_FONT}>{mark}</text>'
         )
     return "".join(lines)

@@ -99,7 +99,7 @@ class GenerationBench(Panel):
     def _columns(self, writing: str, statistics: Mapping[str, Mapping[str, float]] | None = None) -> str:
         """One column per model; a mark follows the text that is growing."""
         prompt = f'<span style="opacity:0.65">{escape(self.prompt.value)}</span>'
-        style = "white-space:pre-wrap;min-width:12em;max-width:26em"
+        style = "white-space:pre-wrap;overflow-wrap:anywhere;min-width:12em;max-width:26em"
         texts = [
             f'<div class="pruner-lab-answer" style="{style}">{prompt}'
             f"<b>{escape(text)}</b>{' ▌' if name == writing else ''}</div>"

@@ -142,7 +142,7 @@ class CriteriaExplorer(Panel):
 
 
 def _by_key(scores: Mapping[str, ImportanceScores]) -> dict[Key, ImportanceScores]:
-    """Scores under criterion, reduction and calibration, as their notes say; by name where notes are alike."""
+    """Scores under criterion, reduction and calibration as noted; by name where notes are alike."""
     if not scores:
         raise ValueError("no scores given; give at least one, as {name: scores}")
     keys = {name: _key(name, values) for name, values in scores.items()}

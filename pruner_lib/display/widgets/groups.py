@@ -11,7 +11,7 @@ from pruner_lib.discovery import DependencyMap, GroupFamily
 from pruner_lib.display.coupling import describe_family
 from pruner_lib.display.style import short
 from pruner_lib.display.svg import coupling_svg
-from pruner_lib.display.widgets.panel import WIDE, Panel, buttons, items, table, whole
+from pruner_lib.display.widgets.panel import Panel, buttons, items, table, tick, whole
 
 
 class GroupExplorer(Panel):
@@ -22,20 +22,17 @@ class GroupExplorer(Panel):
         self._reasons: dict[str, str] = {}
         kinds = list(dict.fromkeys(family.kind for family in dependencies.families))
         first = "mlp_neuron" if "mlp_neuron" in kinds else kinds[0]
-        why = widgets.Checkbox(
-            value=False, description="Say which operators tie them (takes a moment)", style=WIDE,
-            layout={"width": "32em"},
-        )  # fmt: skip
         picked = widgets.Text(layout={"display": "none"})
         picked.add_class("pruner-lab-picked")
         controls = {
             "kind": buttons("Kind", kinds, first),
             "layer": buttons("Layer", range(max(1, dependencies.num_layers)), 0, width="2.6em"),
             "index": whole("Group", 0, 0),
-            "why": why,
+            "why": tick("Say which operators tie them"),
             "picked": picked,
         }
         super().__init__(controls, name="groups")
+        self.children = (*controls.values(), self.picture, self.text)
         picked.observe(lambda change: self._pick(change["new"]), names="value")
         self.follow(self.kind, self.layer, self.index, self.why)
 
@@ -44,7 +41,8 @@ class GroupExplorer(Panel):
         """The family that the controls name."""
         families = self._dependencies.select(kind=self.kind.value, cuttable=False)
         spanning = families[0].layer is None
-        self.layer.disabled = spanning
+        # Hidden rather than disabled: ipywidgets does not redraw these buttons when they are disabled later.
+        self.layer.layout.display = "none" if spanning else "flex"
         for family in families:
             if spanning or family.layer == self.layer.value:
                 return family

@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 import traitlets
 
+READABLE = "line-height:1.45;font-size:1.1em"
 WIDE = {"description_width": "9em"}
 
 
@@ -42,7 +43,7 @@ class Panel(widgets.VBox):
 
     def say(self, html: str) -> None:
         """Put something into ``text``, where a screen reader notices."""
-        self.text.value = f'<div role="status" aria-live="polite" style="line-height:1.45">{html}</div>'
+        self.text.value = f'<div role="status" aria-live="polite" style="{READABLE}">{html}</div>'
 
     @abstractmethod
     def show(self) -> None:
@@ -89,14 +90,21 @@ class Choices(widgets.HBox):
 def share(label: str, value: float, low: float, high: float, step: float = 0.05) -> widgets.FloatSlider:
     """A slider for a share; it tells every position it passes."""
     return widgets.FloatSlider(
-        value=value, min=low, max=high, step=step, description=label, style=WIDE, layout={"width": "32em"}
+        value=value, min=low, max=high, step=step, description=label, style=WIDE, layout={"width": "46em"}
     )
 
 
 def whole(label: str, value: int, high: int, low: int = 0) -> widgets.IntSlider:
     """A slider for a whole number; it tells every position it passes."""
     return widgets.IntSlider(
-        value=value, min=low, max=high, description=label, style=WIDE, layout={"width": "32em"}
+        value=value, min=low, max=high, description=label, style=WIDE, layout={"width": "46em"}
+    )
+
+
+def between(label: str, high: int) -> widgets.IntRangeSlider:
+    """A slider with two handles, at 0 and ``high`` to begin with."""
+    return widgets.IntRangeSlider(
+        value=(0, high), min=0, max=high, description=label, style=WIDE, layout={"width": "46em"}
     )
 
 
@@ -108,7 +116,17 @@ def choice(label: str, options: Any, value: Any) -> widgets.Dropdown:
 def buttons(label: str, options: Any, value: Any, width: str = "auto") -> widgets.ToggleButtons:
     """A row of buttons of which one is pressed."""
     style = {**WIDE, "button_width": width}
-    return widgets.ToggleButtons(options=options, value=value, description=label, style=style)
+    beside = {
+        "display": "flex",
+        "flex_flow": "row",
+        "align_items": "baseline",
+    }  # the label, as of other controls
+    return widgets.ToggleButtons(options=options, value=value, description=label, style=style, layout=beside)
+
+
+def tick(label: str) -> widgets.Checkbox:
+    """One checkbox, below the controls rather than below their labels."""
+    return widgets.Checkbox(value=False, description=label, style=WIDE, layout={"width": "46em"})
 
 
 def items(lines: Sequence[str], most: int = 12) -> str:

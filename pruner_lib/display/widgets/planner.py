@@ -14,8 +14,18 @@ from pruner_lib.discovery import DependencyMap
 from pruner_lib.display.plan_cost import PlanCost
 from pruner_lib.display.plans import describe_plan, layer_params
 from pruner_lib.display.style import COLOURS, GREY, INK
-from pruner_lib.display.svg import bars_svg
-from pruner_lib.display.widgets.panel import WIDE, Choices, Panel, buttons, choice, share, table
+from pruner_lib.display.svg import bars_svg, scaled
+from pruner_lib.display.widgets.panel import (
+    READABLE,
+    Choices,
+    Panel,
+    between,
+    buttons,
+    choice,
+    share,
+    table,
+    tick,
+)
 from pruner_lib.evaluation import Cost
 from pruner_lib.pruning import PruningPlan, plan_pruning
 
@@ -26,10 +36,8 @@ GOALS = {
     "multiply-accumulates": ("target_macs", "Share that stays"),
     "bytes": ("target_bytes", "Share that stays"),
 }
-_ROUNDED = (
-    "mlp_neuron",
-    "hidden_channel",
-)  # heads and experts are few; nobody wants a multiple of 64 of them
+# Heads and experts are few: nobody wants a multiple of 64 of them.
+_ROUNDED = ("mlp_neuron", "hidden_channel")
 _SIGNS = {"yes": "✔ yes", "partly": "◐ partly", "no": "✘ no", "untested": "? untested"}
 
 
@@ -45,25 +53,18 @@ class PlanExplorer(Panel):
         last = max(0, dependencies.num_layers - 1)
         kinds = _kinds(dependencies, scores)
         usual = [kind for kind in kinds if kind in ("attention_head", "mlp_neuron")]
-        super().__init__(
-            {
-                "goal": buttons("Aim for", list(GOALS), "ratio of groups"),
-                "amount": share("Ratio removed", 0.25, 0.0, 0.95),
-                "scope": buttons("Ranking", ["local", "global"], "local"),
-                "layers": widgets.IntRangeSlider(
-                    value=(0, last), min=0, max=last, description="Layers", style=WIDE,
-                    layout={"width": "32em"},
-                ),
-                "kinds": Choices("Kinds", kinds, usual or kinds[:1]),
-                "round_to": choice("Multiples of", [1, 8, 16, 32, 64, 128, 256], 1),
-                "uniform": widgets.Checkbox(
-                    value=False, description="Same width in every layer", style=WIDE, layout={"width": "32em"}
-                ),
-            },
-            name="planner",
-        )  # fmt: skip
+        controls = {
+            "goal": buttons("Aim for", list(GOALS), "ratio of groups"),
+            "amount": share("Ratio removed", 0.25, 0.0, 0.95),
+            "scope": buttons("Ranking", ["local", "global"], "local"),
+            "layers": between("Layers", last),
+            "kinds": Choices("Kinds", kinds, usual or kinds[:1]),
+            "round_to": choice("Multiples of", [1, 8, 16, 32, 64, 128, 256], 1),
+            "uniform": tick("Same width in every layer"),
+        }
+        super().__init__(controls, name="planner")
         self.compatible = widgets.HTML()
-        self.children = (*self.children, self.compatible)
+        self.children = (*controls.values(), self.text, self.picture, self.compatible)
         self.goal.observe(lambda change: self._aim(), names="value")
         self.follow(self.goal, self.amount, self.scope, self.layers, self.kinds, self.round_to, self.uniform)
 
@@ -87,7 +88,7 @@ class PlanExplorer(Panel):
         before, after = layer_params(plan)
         line = describe_plan(plan)
         self.say(f"{escape(line)}{_totals(self._cost.dense, self.cost)}")
-        self.picture.value = bars_svg(after / 1e6, before / 1e6, line)
+        self.picture.value = bars_svg(after.tolist(), before.tolist(), line)
         self.plan = plan
         if not self._foresight.knows(plan):
             self.compatible.value = "<i>Asking what could open it …</i>"
@@ -117,21 +118,20 @@ def _kinds(dependencies: DependencyMap, scores: Any) -> list[str]:
 
 def _totals(dense: Cost, cut: Cost) -> str:
     """Numbers before and after with the change, and a bar for what stays."""
-    rows: list[tuple[str, str, float, float]] = [
-        ("parameters", "M", dense.params / 1e6, cut.params / 1e6),
-        (
-            f"multiply-accumulates at {dense.batch_size} × {dense.seq_len}", "G",
-            dense.macs / 1e9, cut.macs / 1e9,
-        ),
-        ("weights in memory", "MiB", dense.weight_bytes / 2**20, cut.weight_bytes / 2**20),
-    ]  # fmt: skip
-    if dense.kv_cache_bytes_per_token and cut.kv_cache_bytes_per_token is not None:
-        cache = dense.kv_cache_bytes_per_token / 2**10, cut.kv_cache_bytes_per_token / 2**10
-        rows.append(("KV cache per token", "KiB", *cache))
-    cells = [
-        [what, f"{a:,.2f} → <b>{b:,.2f} {unit}</b>", f"{100 * (b / a - 1):+.1f} %", _bar(b / a)]
-        for what, unit, a, b in rows
+    rows: list[tuple[str, float, int, int]] = [
+        ("parameters", 1e3, dense.params, cut.params),
+        (f"multiply-accumulates at {dense.batch_size} × {dense.seq_len}", 1e3, dense.macs, cut.macs),
+        ("weights in memory", 2**10, dense.weight_bytes, cut.weight_bytes),
     ]
+    if dense.kv_cache_bytes_per_token and cut.kv_cache_bytes_per_token is not None:
+        cache = dense.kv_cache_bytes_per_token, cut.kv_cache_bytes_per_token
+        rows.append(("KV cache per token", 2**10, *cache))
+    cells = []
+    for what, base, a, b in rows:
+        unit, letter = scaled(a, base)
+        suffix = letter if base == 1e3 else f"{letter}iB" if letter else "bytes"
+        numbers = f"{a / unit:,.2f} → <b>{b / unit:,.2f} {suffix}</b>"
+        cells.append([what, numbers, f"{100 * (b / a - 1):+.1f} %", _bar(b / a)])
     return table(["", "dense → planned", "change", ""], cells)
 
 
@@ -147,7 +147,7 @@ def _answers(found: Compatibility) -> str:
         [escape(answer.program), f"<b>{_SIGNS[answer.verdict]}</b>", escape(answer.why)]
         for answer in found.answers
     ]
-    return table(["What will open it", "", ""], rows)
+    return f'<div style="{READABLE}">{table(["What will open it", "", ""], rows)}</div>'
 
 
 def plan_explorer(
