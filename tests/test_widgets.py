@@ -72,7 +72,7 @@ def test_explorer_lights_the_slices_of_the_chosen_group(dependencies):
     assert "rows 8 to 15" in explorer.picture.value and explorer.picture.value != before
     explorer.kind.value = "hidden_channel"
     assert explorer.layer.layout.display == "none" and explorer.picture.value.count("<svg") == 8
-    assert "more, listed above" in explorer.picture.value
+    assert "… and 13 more" in explorer.picture.value
     explorer.kind.value = "qk_channel"
     assert "cannot be cut" in explorer.text.value
 

@@ -69,12 +69,14 @@ class Foresight:
         """By the configuration that says the cut; where there is none, by the cut itself."""
         if not plan.removal and not plan.dropped:
             return compatibility(self._skeleton)
+        found: Any = None
         if not plan.dropped:
             trial = sliced_copy(self._skeleton, plan)
             blueprints = find_blueprint(self._skeleton, plan, shapes_of(trial))
-            if blueprints is not None:
-                return compatibility(blueprints[1].model)
-        return compatibility(prune(self._skeleton, plan))
+            found = None if blueprints is None else blueprints[1].model
+        if found is None:
+            found = prune(self._skeleton, plan)
+        return compatibility(found)
 
     def _row_lengths(self, plan: PruningPlan, found: Compatibility) -> dict[str, set[int]]:
         outside = {*plan.dependencies.aliases, *plan.dependencies.buffers}

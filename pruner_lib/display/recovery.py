@@ -38,6 +38,7 @@ def plot_recovery(records: Records) -> Figure:
     )  # fmt: skip
     tidy(right, title="held-out text", xlabel="optimizer step", ylabel="perplexity")
     if not seen:
+        right.set(xticks=[], yticks=[])
         right.annotate("not looked at yet", (0.5, 0.5), xycoords="axes fraction", ha="center")
     return figure
 

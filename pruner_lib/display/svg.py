@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from math import sqrt
 
 import numpy as np
 
@@ -12,7 +11,8 @@ from pruner_lib.discovery import CoupledSlice, DependencyMap, GroupFamily
 from pruner_lib.display.coupling import MOST_DRAWN, runs
 from pruner_lib.display.style import COLOURS, GREY, INK, layer_of, short
 
-_SIDE = 150.0  # the longest side of a drawn matrix, in pixels
+_SIDE = 170.0  # the longest side of a drawn matrix, in pixels
+_POWER = 0.3  # sides go as this power of the sizes, so that 576 rows can be seen beside 49,152
 _THINNEST = 2.5  # a slice of one row is drawn this thick
 _FONT = 'font-family="sans-serif" font-size="13"'
 
@@ -38,13 +38,13 @@ def coupling_svg(dependencies: DependencyMap, family: GroupFamily, group: int, a
         alt: what the picture shows, in words.
     """
     drawn = [(piece, dependencies.shapes[piece.parameter]) for piece in family.slices[:MOST_DRAWN]]
-    scale = _SIDE / max(sqrt(max(shape)) for _, shape in drawn)
+    scale = _SIDE / max(max(shape) for _, shape in drawn) ** _POWER
     figures = "".join(
         _matrix(place, piece, shape, group, scale, named=family.layer is None)
         for place, (piece, shape) in enumerate(drawn)
     )
     more = len(family.slices) - len(drawn)
-    note = f'<p style="flex-basis:100%">… and {more} more, listed above.</p>' if more > 0 else ""
+    note = f'<p style="flex-basis:100%">… and {more} more.</p>' if more > 0 else ""
     return (
         f'<div role="img" aria-label="{escape(alt)}" style="display:flex;flex-wrap:wrap;gap:18px;'
         f'align-items:flex-end;background:white;color:{INK};padding:8px">{figures}{note}</div>'
@@ -54,9 +54,9 @@ def coupling_svg(dependencies: DependencyMap, family: GroupFamily, group: int, a
 def _matrix(
     place: int, piece: CoupledSlice, shape: tuple[int, ...], group: int, scale: float, *, named: bool
 ) -> str:
-    """One matrix, its sides as the square root of its sizes so that long ones stay readable."""
-    high = scale * sqrt(shape[0])
-    wide = scale * sqrt(shape[1]) if len(shape) > 1 else 14.0
+    """One matrix with the lit slice, what it is above it."""
+    high = scale * shape[0] ** _POWER
+    wide = scale * shape[1] ** _POWER if len(shape) > 1 else 14.0
     along = high if piece.dim == 0 else wide
     lit = []
     for start, stop in runs(piece.of([group]), shape[piece.dim]):
@@ -114,7 +114,7 @@ def bars_svg(kept: Sequence[float], before: Sequence[float], alt: str) -> str:
         before: the same, at least as many.
         alt: what the picture shows, in words.
     """
-    wide, high, left, foot = 720.0, 190.0, 46.0, 40.0
+    wide, high, left, foot = 720.0, 190.0, 64.0, 40.0
     step = (wide - left) / max(1, len(before))
     top = max(before, default=0.0) or 1.0
     unit, letter = scaled(top)

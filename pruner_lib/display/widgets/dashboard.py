@@ -64,7 +64,7 @@ class EvaluationDashboard(Panel):
         left_out = [name for name in self.models.value if name not in shown.models]
         without = f" Not measured so: {escape(', '.join(left_out))}." if left_out else ""
         self.say(f"{escape(line)}{without}{self._table(shown, quality, size)}")
-        self.picture.value = image_tag(plot_tradeoff(shown, **chosen), line)
+        self.picture.value = image_tag(plot_tradeoff(shown, **chosen, ylabel=self.quality.label), line)
 
     def _table(self, shown: EvaluationReport, quality: str, size: str) -> str:
         edge = frontier(shown, quality=quality, size=size)

@@ -90,8 +90,9 @@ class GroupExplorer(Panel):
         piece = family.slices[-1]
         answer = self._dependencies.explain(piece.parameter, piece.dim, int(piece.of([group])[0]))
         links = [link for link in answer.links if link.family == family.name][: len(family.slices)]
+        name = short if family.layer is not None else lambda parameter: parameter.removesuffix(".weight")
         rows = [
-            [f"<b>{escape(short(link.parameter))}</b>", escape(" → ".join(link.because) or "(start here)")]
+            [f"<b>{escape(name(link.parameter))}</b>", escape(" → ".join(link.because) or "(start here)")]
             for link in links[:12]
         ]
         more = f"<br>… and {len(links) - 12} more slices" if len(links) > 12 else ""

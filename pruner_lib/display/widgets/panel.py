@@ -61,7 +61,9 @@ class Choices(widgets.HBox):
             option: widgets.Checkbox(description=option, indent=False, layout={"width": "auto"})
             for option in options
         }
-        title = widgets.Label(label, layout={"width": "9em", "justify_content": "flex-end"})
+        title = widgets.Label(
+            label, layout={"width": "9em", "justify_content": "flex-end", "margin": "2px 8px 2px 0"}
+        )
         row = widgets.HBox(list(self.boxes.values()), layout={"flex_flow": "row wrap", "grid_gap": "0 1em"})
         super().__init__([title, row])
         for box in self.boxes.values():
@@ -116,12 +118,10 @@ def choice(label: str, options: Any, value: Any) -> widgets.Dropdown:
 def buttons(label: str, options: Any, value: Any, width: str = "auto") -> widgets.ToggleButtons:
     """A row of buttons of which one is pressed."""
     style = {**WIDE, "button_width": width}
-    beside = {
-        "display": "flex",
-        "flex_flow": "row",
-        "align_items": "baseline",
-    }  # the label, as of other controls
-    return widgets.ToggleButtons(options=options, value=value, description=label, style=style, layout=beside)
+    beside = {"display": "flex", "flex_flow": "row", "align_items": "baseline"}
+    made = widgets.ToggleButtons(options=options, value=value, description=label, style=style, layout=beside)
+    made.add_class("widget-inline-hbox")  # the label stands as those of all other controls do
+    return made
 
 
 def tick(label: str) -> widgets.Checkbox:

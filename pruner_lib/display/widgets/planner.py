@@ -144,10 +144,14 @@ def _bar(kept: float) -> str:
 
 def _answers(found: Compatibility) -> str:
     rows = [
-        [escape(answer.program), f"<b>{_SIGNS[answer.verdict]}</b>", escape(answer.why)]
+        [_unbroken(escape(answer.program)), _unbroken(f"<b>{_SIGNS[answer.verdict]}</b>"), escape(answer.why)]
         for answer in found.answers
     ]
     return f'<div style="{READABLE}">{table(["What will open it", "", ""], rows)}</div>'
+
+
+def _unbroken(html: str) -> str:
+    return f'<span style="white-space:nowrap">{html}</span>'
 
 
 def plan_explorer(
