@@ -3,7 +3,8 @@
 #   make walkthrough                      notebooks 00-05 on the default model
 #   make walkthrough MODEL=… DEVICE=…     the same on a hub id or folder, on another device
 #   make lab                              JupyterLab on the first notebook
-#   make test                             the whole test suite, then every notebook under nbval
+#   make test                             the whole test suite, in a browser too where Chromium is installed,
+#                                         then every notebook under nbval
 #   make notebooks                        execute the committed notebooks in place
 #
 # PYTHON=… picks the interpreter (3.11 or newer), VENV=… the environment's folder.
@@ -48,8 +49,9 @@ lab: $(STAMP)
 	"$(BIN)/jupyter" lab notebooks/00_start_here.ipynb
 
 test: assets
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not real_model" --numprocesses auto
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not real_model and not browser" --numprocesses auto
 	"$(BIN)/python" -m pytest -m real_model
+	"$(BIN)/python" -m pytest -m browser tests/browser
 ifneq ($(NOTEBOOKS),)
 	"$(BIN)/python" -m pytest --nbval --nbval-current-env notebooks
 endif

@@ -100,13 +100,15 @@ def test_ci_runs_everything_in_its_own_environment():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "set -euo pipefail" in script
     assert re.search(r"make VENV=\"\$environment/venv\" lint typecheck test\n$", script)
+    assert "\nexport PRUNER_LIB_REQUIRE_BROWSER=1\n" in script, "the checks must not pass without a browser"
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111, ".ci/run is not executable"
 
 
 def test_make_test_runs_pytest_and_strict_nbval():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = makefile.split("\ntest:")[1].split("\nlint:")[0]
-    assert '-m pytest -m "not real_model"' in recipe and "-m pytest -m real_model\n" in recipe
+    assert '-m pytest -m "not real_model and not browser"' in recipe and "-m pytest -m real_model\n" in recipe
+    assert "-m pytest -m browser tests/browser\n" in recipe
     assert "-m pytest --nbval --nbval-current-env notebooks" in recipe
     assert "--nbval-lax" not in makefile
 

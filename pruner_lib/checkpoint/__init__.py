@@ -4,6 +4,7 @@ from pruner_lib.pruning.layer_config import enable_per_layer_config
 
 from .compatibility import Compatibility, compatibility
 from .errors import CheckpointError
+from .foresight import Foresight
 from .gguf_export import GGUF_DTYPES, export_gguf
 from .gguf_quality import GgufQuality, measure_gguf
 from .llama_cpp import LlamaCpp
@@ -14,6 +15,7 @@ __all__ = [
     "GGUF_DTYPES",
     "CheckpointError",
     "Compatibility",
+    "Foresight",
     "GgufQuality",
     "LlamaCpp",
     "compatibility",

@@ -88,11 +88,21 @@ def compatibility(model: PreTrainedModel) -> Compatibility:
         else Answer("llama.cpp", "yes", f"export_gguf writes its {layout.architecture} architecture")
     )
     rows = _row_lengths(model) if isinstance(layout, str) else _rows_of(layout)
-    blocks = (
-        _quantised("llama.cpp q4_0, q5_0, q8_0", 32, rows, llama.opens),
-        _quantised("llama.cpp k-quants", 256, rows, llama.opens),
-    )
+    blocks = answers_by_rows(rows, llama.opens)
     return Compatibility((plain, library, llama, *blocks, _vllm(model, plain)))
+
+
+def answers_by_rows(rows: dict[str, set[int]], opens: bool) -> tuple[Answer, Answer]:
+    """llama.cpp's quantised types, which hang on the lengths of the matrix rows.
+
+    Args:
+        rows: what a row runs over to the lengths that occur.
+        opens: whether llama.cpp runs the model at all.
+    """
+    return (
+        _quantised("llama.cpp q4_0, q5_0, q8_0", 32, rows, opens),
+        _quantised("llama.cpp k-quants", 256, rows, opens),
+    )
 
 
 def _tried(attempt: Callable[[], Any]) -> Any:

@@ -19,9 +19,11 @@ one line what it shows, without times or machine facts, so that a checked cell m
 Widgets are boxes whose controls are attributes; end a cell with ``display(widget)``:
 
     group_explorer(dependencies)                                .kind .layer .index .why
-    criteria_explorer({name: scores})                           .first .second .family .ratio
-    plan_explorer(model, dependencies, scores)                  .ratio .layers .kinds → .plan .cost
-    generation_bench({name: model}, tokenizer, *, prompt=…)     .prompt .max_new_tokens .button
+    criteria_explorer({name: scores}, *, truth=…, estimate=…)   .first .second .family .ratio
+    plan_explorer(model, dependencies, scores)                  .goal .amount .scope .layers .kinds .round_to
+                                                                .uniform → .plan .cost .formats
+    generation_bench({name: model}, tokenizer, *, prompt=…)     .prompt .max_new_tokens .button .stop
+    evaluation_dashboard(report)                                .quality .size .numbers .models
     recovery_monitor()                                          .stop; await monitor.run(recover, …)
 """
 
@@ -58,12 +60,15 @@ if TYPE_CHECKING:
     from pruner_lib.display.recovery import describe_recovery, plot_recovery, recovery_monitor
     from pruner_lib.display.widgets import (
         criteria_explorer,
+        evaluation_dashboard,
         generation_bench,
         group_explorer,
         plan_explorer,
     )
 
-_WIDGETS = ("criteria_explorer", "generation_bench", "group_explorer", "plan_explorer")
+_WIDGETS = (
+    "criteria_explorer", "evaluation_dashboard", "generation_bench", "group_explorer", "plan_explorer",
+)  # fmt: skip
 _RECOVERY = ("describe_recovery", "plot_recovery", "recovery_monitor")
 
 __all__ = [
@@ -82,6 +87,7 @@ __all__ = [
     "describe_sorted_scores",
     "describe_tradeoff",
     "draw_family",
+    "evaluation_dashboard",
     "generation_bench",
     "group_explorer",
     "lowest_overlap",

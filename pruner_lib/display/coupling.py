@@ -90,7 +90,7 @@ def _draw_piece(axis: Any, piece: CoupledSlice, shape: tuple[int, ...], groups: 
     along = tall if piece.dim == 0 else wide
     for place, group in enumerate(groups):
         colour, hatch = COLOURS[place % len(COLOURS)], HATCHES[place % len(HATCHES)]
-        for start, stop in _runs(piece.of([group]), shape[piece.dim]):
+        for start, stop in runs(piece.of([group]), shape[piece.dim]):
             thick = max((stop - start) * along, _THINNEST * along)
             first = min(start * along, along - thick)
             box = ((0, first), wide, thick) if piece.dim == 0 else ((first, 0), thick, tall)
@@ -99,7 +99,7 @@ def _draw_piece(axis: Any, piece: CoupledSlice, shape: tuple[int, ...], groups: 
     axis.set(xlim=(-0.02 * side, side), ylim=(side, -0.02 * side), aspect="equal")
 
 
-def _runs(indices: np.ndarray, size: int) -> list[tuple[float, float]]:
+def runs(indices: np.ndarray, size: int) -> list[tuple[float, float]]:
     """Sorted indices as runs of neighbours, in shares of the dimension's size."""
     breaks = np.flatnonzero(np.diff(indices) > 1) + 1
     return [(run[0] / size, (run[-1] + 1) / size) for run in np.split(indices, breaks)]

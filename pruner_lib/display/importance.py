@@ -155,7 +155,12 @@ def _relative(scores: ImportanceScores, kind: str) -> tuple[np.ndarray, int]:
 
 
 def plot_ranks(
-    first: ImportanceScores, second: ImportanceScores, family: str, *, ratio: float = 0.25
+    first: ImportanceScores,
+    second: ImportanceScores,
+    family: str,
+    *,
+    ratio: float = 0.25,
+    names: tuple[str, str] | None = None,
 ) -> Figure:
     """Rank of every group by one criterion against its rank by another; what both remove is marked.
 
@@ -164,6 +169,7 @@ def plot_ranks(
         second: along the vertical axis.
         family: name of the family.
         ratio: share of groups that would go.
+        names: what to call the two; their criteria if None.
     """
     ranks = [scores[family].argsort(stable=True).argsort().numpy() for scores in (first, second)]
     count = max(1, round(ratio * len(ranks[0])))
@@ -176,19 +182,29 @@ def plot_ranks(
         axes.scatter(ranks[0][mask], ranks[1][mask], s=14, c=colour, marker=marker, label=label, alpha=0.7)
     for line in (axes.axvline, axes.axhline):
         line(count - 0.5, color=INK, linewidth=0.8, linestyle="--")
-    names = [scores.criterion or "scores" for scores in (first, second)]
+    names = names or _names(first, second)
     tidy(axes, title=family, xlabel=f"rank by {names[0]}", ylabel=f"rank by {names[1]}")
     axes.legend(fontsize=8, loc="upper left", framealpha=0.95)
     return figure
 
 
+def _names(first: ImportanceScores, second: ImportanceScores) -> tuple[str, str]:
+    return first.criterion or "scores", second.criterion or "scores"
+
+
 def describe_ranks(
-    first: ImportanceScores, second: ImportanceScores, family: str, *, ratio: float = 0.25
+    first: ImportanceScores,
+    second: ImportanceScores,
+    family: str,
+    *,
+    ratio: float = 0.25,
+    names: tuple[str, str] | None = None,
 ) -> str:
     """What :func:`plot_ranks` shows, in one line."""
+    names = names or _names(first, second)
     rho = first.rank_correlation(second)[family]
     overlap = lowest_overlap(first, second, family, ratio)
     return (
-        f"{family}: Spearman {rho:.2f} between {first.criterion} and {second.criterion}; they agree on "
+        f"{family}: Spearman {rho:.2f} between {names[0]} and {names[1]}; they agree on "
         f"{100 * overlap:.0f} % of the lowest {100 * ratio:.0f} %."
     )

@@ -22,7 +22,7 @@ def plot_plan(plan: PruningPlan) -> Figure:
     A kind that spans all layers (hidden channels) is a level line. A dropped layer has no bar left; what
     is dropped whole, layer, attention or MLP, has a cross at the foot instead of a point on its kind's line.
     """
-    before, after = _layer_params(plan)
+    before, after = layer_params(plan)
     layers = np.arange(len(before))
     figure, (bars, lines) = new_figure(9, 3.4, ncols=2)
     bars.bar(layers, after / 1e6, color=COLOURS[0], label="kept")
@@ -66,7 +66,7 @@ def _kept_shares(plan: PruningPlan, kind: str, num_layers: int) -> tuple[list[in
 
 def describe_plan(plan: PruningPlan) -> str:
     """What :func:`plot_plan` shows, in one line."""
-    before, after = _layer_params(plan)
+    before, after = layer_params(plan)
     touched = int((after < before).sum())
     share = 100 * plan.num_params_removed / plan.params_before
     dropped = f", {dropped_in_words(plan)} dropped whole" if plan.dropped else ""
@@ -76,7 +76,7 @@ def describe_plan(plan: PruningPlan) -> str:
     )
 
 
-def _layer_params(plan: PruningPlan) -> tuple[np.ndarray, np.ndarray]:
+def layer_params(plan: PruningPlan) -> tuple[np.ndarray, np.ndarray]:
     """Parameters of every layer before and after, from shapes alone."""
     count = max(1, plan.dependencies.num_layers)
     totals = np.zeros((2, count))

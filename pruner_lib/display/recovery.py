@@ -38,6 +38,7 @@ def plot_recovery(records: Records) -> Figure:
     )  # fmt: skip
     tidy(right, title="held-out text", xlabel="optimizer step", ylabel="perplexity")
     if not seen:
+        right.set(xticks=[], yticks=[])
         right.annotate("not looked at yet", (0.5, 0.5), xycoords="axes fraction", ha="center")
     return figure
 
@@ -74,6 +75,8 @@ class RecoveryMonitor(widgets.VBox):
         self._every, self._clock, self._drawn = every, clock, -float("inf")
         self.stop.on_click(lambda button: self._press())
         super().__init__([self.stop, self.text, self.picture])
+        self.add_class("pruner-lab")
+        self.add_class("pruner-lab-recovery")
 
     def _press(self) -> None:
         self.stopped = True

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, Any]]
+# Sizes that a report knows: the label, and what one of its units is.
+SIZES = {
+    "params": ("parameters (million)", 1e6),
+    "macs": ("multiply-accumulates (G)", 1e9),
+    "weight_bytes": ("weights (MiB)", 2**20),
+    "peak_bytes": ("peak memory (MiB)", 2**20),
+}
 
 
 def plot_criteria(perplexities: Mapping[str, float], *, dense: float | None = None) -> Figure:
@@ -88,7 +95,8 @@ def plot_tradeoff(
     points: Any,
     *,
     quality: str = "perplexity",
-    xlabel: str = "parameters (million)",
+    size: str = "params",
+    xlabel: str | None = None,
     ylabel: str | None = None,
 ) -> Figure:
     """Size against quality, one labelled marker per model, and the frontier as a line.
@@ -100,34 +108,36 @@ def plot_tradeoff(
             already in the unit of ``xlabel``.
         quality: of a report: ``perplexity`` (the first data set's), a data set, or ``average``, the
             zero-shot accuracy, drawn in % with its standard error. Of ``average`` higher is better.
-        xlabel: of the size.
+        size: of a report: ``params``, ``macs``, ``weight_bytes`` or ``peak_bytes``.
+        xlabel: of the size; its name and unit if None, parameters in millions for a mapping.
         ylabel: of the quality.
     """
     figure, axes = new_figure(6, 3.8)
-    pairs = _pairs(points, quality)
+    pairs = _pairs(points, quality, size)
     edge = _frontier(pairs, quality)
     axes.plot([p[1] for p in edge], [p[2] for p in edge], color=GREY, linewidth=3, zorder=0, label="frontier")
-    for place, (name, size, value) in enumerate(pairs):
+    for place, (name, across, value) in enumerate(pairs):
         style: dict[str, Any] = {"marker": MARKERS[place % 7], "color": COLOURS[place % 7]}
         axes.errorbar(
-            size, value, yerr=_error(points, name, quality), markersize=9, markeredgecolor=INK, **style
+            across, value, yerr=_error(points, name, quality), markersize=9, markeredgecolor=INK, **style
         )
-        axes.annotate(name, (size, value), xytext=(7, 5), textcoords="offset points")
+        axes.annotate(name, (across, value), xytext=(7, 5), textcoords="offset points")
     if quality != "average":
         axes.set_yscale("log")
     axes.margins(0.2)
     if len(edge) > 1:
         axes.legend(frameon=False, loc="best")
+    xlabel = xlabel or SIZES[size][0]
     tidy(axes, xlabel=xlabel, ylabel=ylabel or ("zero-shot average (%)" if quality == "average" else quality))
     return figure
 
 
-def describe_tradeoff(points: Any, *, quality: str = "perplexity") -> str:
+def describe_tradeoff(points: Any, *, quality: str = "perplexity", size: str = "params") -> str:
     """What :func:`plot_tradeoff` shows, in one line: orderings by size and by quality, and the frontier."""
-    pairs = _pairs(points, quality)
+    pairs = _pairs(points, quality, size)
     by_size = [name for name, _, _ in sorted(pairs, key=lambda p: p[1])]
     by_quality = [name for name, _, _ in sorted(pairs, key=lambda p: p[2])]
-    edge = [name for name, _, _ in _frontier(pairs, quality)]
+    edge = frontier(points, quality=quality, size=size)
     what = "zero-shot average" if quality == "average" else "perplexity"
     return (
         f"From small to large: {', '.join(by_size)}; from low to high {what}: {', '.join(by_quality)}; on "
@@ -135,13 +145,20 @@ def describe_tradeoff(points: Any, *, quality: str = "perplexity") -> str:
     )
 
 
-def _pairs(points: Any, quality: str) -> list[tuple[str, float, float]]:
+def frontier(points: Any, *, quality: str = "perplexity", size: str = "params") -> list[str]:
+    """Models that no other one beats in size or quality without losing in the other, from small to large."""
+    return [name for name, _, _ in _frontier(_pairs(points, quality, size), quality)]
+
+
+def _pairs(points: Any, quality: str, size: str) -> list[tuple[str, float, float]]:
     """(name, size, quality), in the order given."""
     if isinstance(points, Mapping):
         return [(name, float(size), float(value)) for name, (size, value) in points.items()]
     scale = 100 if quality == "average" else 1
+    unit = SIZES[size][1]
     return [
-        (row.model, row.cost.params / 1e6, scale * points.number(row.model, quality)) for row in points.rows
+        (name, points.number(name, size) / unit, scale * points.number(name, quality))
+        for name in points.models
     ]
 
 

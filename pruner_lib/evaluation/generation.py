@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,6 +178,28 @@ class GenerationTable:
         return [[prompt, *(self.text(name, prompt) for name in self.models)] for prompt in self.prompts]
 
 
+OnText = Callable[[str, str, str], Any]
+
+
+class _Watch:
+    """Shows a continuation while it grows, as a stopping criterion of transformers; ends it when told to.
+
+    Args:
+        tokenizer: turns tokens into text; what is not yet a whole character is held back.
+        start: tokens of the prompt.
+        tell: given the text so far, returns whether to stop.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, tell: Callable[[str], Any]) -> None:
+        self._tokenizer, self._start, self._tell = tokenizer, start, tell
+        self.stopped = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        text = str(self._tokenizer.decode(input_ids[0, self._start :], skip_special_tokens=True))
+        self.stopped = bool(self._tell(text.rstrip("\ufffd")))
+        return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
+
+
 def generate(
     models: Mapping[str, nn.Module],
     tokenizer: PreTrainedTokenizerBase,
@@ -186,6 +210,7 @@ def generate(
     do_sample: bool = False,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    on_text: OnText | None = None,
 ) -> GenerationTable:
     """Let every model continue every prompt, under the same conditions.
 
@@ -202,6 +227,8 @@ def generate(
         do_sample: draw tokens instead of taking the likeliest.
         temperature: divides the logits when sampling.
         top_p: sample from the smallest set of tokens with this total probability.
+        on_text: called after each token with the model's name, the prompt and the text so far; once it
+            returns true, that continuation and all that would follow end there, and what is written is kept.
 
     Raises:
         EvaluationError: no models, no or empty prompts, a prompt longer than the context.
@@ -217,7 +244,8 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
     if do_sample:
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    rows = []
+    rows: list[Generation] = []
+    stopped = False
     for prompt in listed:
         for name, model in checked.items():
             ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -228,16 +256,25 @@ def generate(
                 else tokenizer.pad_token_id,
                 **settings,
             )
-            tokens = _continue(model, tokenizer, prompt, config, seed)
+            if stopped:
+                rows.append(_row(name, prompt, [], tokenizer))
+                continue
+            tell = None if on_text is None else partial(on_text, name, prompt)
+            tokens, stopped = _continue(model, tokenizer, prompt, config, seed, tell)
             rows.append(_row(name, prompt, tokens, tokenizer))
     how = f"sampled, temperature {temperature:g}, top-p {top_p:g}, seed {seed}" if do_sample else "greedy"
     return GenerationTable(tuple(rows), f"{how}, at most {max_new_tokens} new tokens")
 
 
 def _continue(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, config: Any, seed: int
-) -> list[int]:
-    """New tokens of one model for one prompt."""
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    config: Any,
+    seed: int,
+    tell: Callable[[str], Any] | None,
+) -> tuple[list[int], bool]:
+    """New tokens of one model for one prompt, and whether ``tell`` ended them."""
     require_weights(model, "generation")
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(input_device(model))
     if inputs.numel() == 0:
@@ -251,11 +288,20 @@ def _continue(
             f"beyond the model's context of {longest}; shorten it or lower max_new_tokens"
         )
     devices = [inputs.device] if inputs.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), evaluating(model):
-        torch.manual_seed(seed)
-        out = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    watch = _Watch(tokenizer, inputs.shape[1], tell) if tell is not None else None
+    # Greedy needs no random numbers, and then a bench that writes in a thread leaves those of others alone.
+    forked = torch.random.fork_rng(devices=devices) if config.do_sample else nullcontext()
+    with forked, evaluating(model):
+        if config.do_sample:
+            torch.manual_seed(seed)
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=config,
+            stopping_criteria=None if watch is None else [watch],
+        )
     tokens: list[int] = out[0, inputs.shape[1] :].tolist()
-    return tokens
+    return tokens, watch is not None and watch.stopped
 
 
 def _row(name: str, prompt: str, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
