@@ -1,4 +1,4 @@
-"""Every exercise of every notebook: the solution passes, the stub is only unwritten, wrong answers are told why.
+"""Every exercise of every notebook: the solution passes, the stub is unwritten, wrong answers are told why.
 
 Wrong answers stand in ``tests/wrong_NN.py``, one file per notebook: ``WRONG["3.1"]`` maps words that the
 check's message must hold (a regular expression) to a function that a student might write.
