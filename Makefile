@@ -3,6 +3,8 @@
 #   make walkthrough                      notebooks 00-05 on the default model
 #   make walkthrough MODEL=… DEVICE=…     the same on a hub id or folder, on another device
 #   make lab                              JupyterLab on the first notebook
+#   make student                          notebooks without solutions, into student/ (OUT=… elsewhere)
+#   make lab LAB=student                  JupyterLab on those
 #   make test                             the whole test suite, then every notebook under nbval
 #   make notebooks                        execute the committed notebooks in place
 #
@@ -12,6 +14,8 @@ VENV ?= .venv
 MODEL ?=
 DEVICE ?=
 FRESH ?=
+LAB ?= notebooks
+OUT ?= student
 SUITABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3 python; do \
 	"$$candidate" -c "$(SUITABLE)" >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
@@ -24,7 +28,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup assets walkthrough lab test notebooks lint typecheck clean
+.PHONY: help setup assets walkthrough lab student test notebooks lint typecheck clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,7 +49,10 @@ walkthrough: assets
 	"$(BIN)/python" -m pruner_lib.walkthrough --model "$(MODEL)" --device "$(DEVICE)" $(if $(FRESH),--fresh)
 
 lab: $(STAMP)
-	"$(BIN)/jupyter" lab notebooks/00_start_here.ipynb
+	"$(BIN)/jupyter" lab "$(LAB)/00_start_here.ipynb"
+
+student: $(STAMP)
+	"$(BIN)/python" -m pruner_lib.course student "$(OUT)"
 
 test: assets
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not real_model" --numprocesses auto
