@@ -58,7 +58,9 @@ def _mathml(node: nodes.Element, *, block: bool) -> str:
     try:
         return str(latex2mathml.tex2mathml(formula, as_block=block))
     except MathError as error:
-        raise ValueError(f"formula that docutils cannot turn into MathML: {node.astext()}: {error}") from error
+        raise ValueError(
+            f"formula that docutils cannot turn into MathML: {node.astext()}: {error}"
+        ) from error
 
 
 def setup(app: Any) -> None:
