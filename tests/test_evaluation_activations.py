@@ -88,7 +88,11 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_only():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"batch_size": 0}, "batch_size must be at least 1"), ({"seq_len": 33}, "32"), ({"seq_len": 0}, "seq_len")],
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seq_len": 33}, "32"),
+        ({"seq_len": 0}, "seq_len"),
+    ],
 )
 def test_impossible_sizes_are_refused(options, words):
     with pytest.raises(EvaluationError, match=words):
