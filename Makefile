@@ -7,6 +7,8 @@
 #   make lab LAB=student                  JupyterLab on those
 #   make test                             the whole test suite, then every notebook under nbval
 #   make notebooks                        execute the committed notebooks in place
+#   make reproduce                        nbval at one thread and at two (NOTEBOOKS=… some of them)
+#   make site                             all notebooks and pages as one static site, in runs/site
 #
 # PYTHON=… picks the interpreter (3.11 or newer), VENV=… the environment's folder.
 
@@ -28,7 +30,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup assets walkthrough lab student test notebooks lint typecheck clean
+.PHONY: help setup assets walkthrough lab student test notebooks reproduce site lint typecheck clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -64,6 +66,13 @@ endif
 notebooks: assets
 	"$(BIN)/jupyter" nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	"$(BIN)/python" docs/readme.py
+
+reproduce: assets
+	for threads in 1 2; do \
+		OMP_NUM_THREADS=$$threads "$(BIN)/python" -m pytest --nbval --nbval-current-env $(NOTEBOOKS) || exit 1; done
+
+site: $(STAMP)
+	"$(BIN)/python" docs/site/build.py
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

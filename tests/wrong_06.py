@@ -20,7 +20,9 @@ def trained(module, values):
 
 def both(model, dependencies, removal, ids):
     plan = pl.PruningPlan.from_removal(dependencies, removal)
-    return pl.prune(model, plan)(input_ids=ids).logits, dependencies.zero(model, removal)(input_ids=ids).logits
+    return pl.prune(model, plan)(input_ids=ids).logits, dependencies.zero(model, removal)(
+        input_ids=ids
+    ).logits
 
 
 def against_dense(model, dependencies, removal, ids):

@@ -26,8 +26,9 @@ WRONG = {
     "8.1": {
         "The two are swapped": lambda s, t, temperature: temperature**2 * divergence(t, s, temperature),
         "T² is missing": lambda s, t, temperature: divergence(s, t, temperature) * (temperature > 0),
-        "over the vocabulary it is a sum": lambda s, t, temperature: temperature**2 / s.shape[-1]
-        * divergence(s, t, temperature),
+        "over the vocabulary it is a sum": lambda s, t, temperature: (
+            temperature**2 / s.shape[-1] * divergence(s, t, temperature)
+        ),
         "sum over tokens": lambda s, t, temperature: temperature**2 * divergence(s, t, temperature, "sum"),
         "cross-entropy": cross_entropy,
     },
