@@ -34,7 +34,7 @@ WRONG = {
         "from the student to the teacher": lambda s, t, heat: heat**2 * divergence(t, s, heat),
         "divided by T": lambda s, t, heat: heat**2 * divergence(s, t, 1.0),
         "not their sum": lambda s, t, heat: heat**2 * divergence(s, t, heat, reduction="sum"),
-        "over the vocabulary": lambda s, t, heat: heat**2 * divergence(s, t, heat, reduction="mean"),
+        "over the vocabulary": lambda s, t, heat: heat**2 * divergence(s, t, heat) / s.shape[-1],
         "log p": lambda s, t, heat: ((s - t) ** 2).mean(),
     },
 }
