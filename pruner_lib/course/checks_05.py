@@ -91,8 +91,8 @@ def check_cache_bytes(cache_bytes: Callable[[Sequence[int], int, int], int]) -> 
     model = tiny_llama(layers=3, heads=6, kv_heads=3)
     plan = PruningPlan.from_removal(discover(model), {"layers.1.attention_head": [0]})
     for heads, counted in (
-        ([3, 3, 3], count_cost(model).kv_cache_bytes_per_token),
-        ([3, 2, 3], count_cost(prune(model, plan)).kv_cache_bytes_per_token),
+        ([3, 3, 3], count_cost(model).kv_cache_bytes_per_token or 0),
+        ([3, 2, 3], count_cost(prune(model, plan)).kv_cache_bytes_per_token or 0),
     ):
         require_equal(
             cache_bytes(heads, 8, 4),
