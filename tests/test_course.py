@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 
 import nbformat
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from pruner_lib.course.__main__ import exercise_table, main
 from pruner_lib.course.checking import alike, passed, require, require_equal, shown
 from pruner_lib.course.exercises import CourseError, exercises_of, function_of, stub_of
+from pruner_lib.course.machine import machine_report, memory_line
 from pruner_lib.course.student import list_exercises, student_version, write_students
 
 TASK = """### Exercise 9.1: Twice "as" much
@@ -79,6 +82,12 @@ def test_the_student_version_has_stubs_and_no_outputs():
     ] * 3
     assert made["cells"][2] == before["cells"][2] and "widgets" not in made["metadata"]
     nbformat.validate(nbformat.from_dict(made))
+
+
+def test_solutions_can_be_kept_for_nbgrader():
+    made = student_version(notebook(), solutions=True)
+    assert made["cells"][3]["source"] == SOLUTION and made["cells"][3]["metadata"] == {"nbgrader": MARK}
+    assert made["cells"][1]["outputs"] == [] and made["cells"][4]["metadata"]["tags"] == ["raises-exception"]
 
 
 def test_a_stub_raises_only_not_implemented():
@@ -179,6 +188,9 @@ def test_the_commands(tmp_path, capsys):
     assert exercise_table(tmp_path).count("\n") == 2
     assert main(["student", str(tmp_path / "out"), "--notebooks", str(tmp_path)]) == 0
     assert "1 notebooks without solutions" in capsys.readouterr().out
+    kept = ["student", str(tmp_path / "kept"), "--notebooks", str(tmp_path), "--solutions"]
+    assert main(kept) == 0 and "1 notebooks with solutions" in capsys.readouterr().out
+    assert "BEGIN SOLUTION" in (tmp_path / "kept" / "09_toy.ipynb").read_text(encoding="utf-8")
 
 
 def test_answers_are_compared_as_a_person_would():
@@ -212,6 +224,24 @@ def test_answers_are_shown_short():
     assert shown(torch.arange(20.0)) == "[0, 1, 2, 3, 4, 5, 6, 7, …]"
     assert shown({"a": (1, 0.123456)}) == "{'a': [1, 0.1235]}"
     assert shown({2, 1}) == "{1, 2}" and shown(float("nan")) == "nan" and shown(range(2)) == "[0, 1]"
+
+
+def test_the_machine_is_described(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNER_LIB_CACHE", str(tmp_path))
+    lines = machine_report().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("Python 3.")
+    assert re.search(r"still to be fetched|free for the cache", lines[3])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))
+    assert machine_report().splitlines()[3].startswith("! 0.0 GiB free for the cache, 2 are wanted")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("PRUNER_LIB_CACHE", str(blocked))
+    assert machine_report().splitlines()[3].startswith("! the cache cannot be used")
+
+
+def test_too_little_memory_is_said():
+    assert memory_line(2.0).startswith("! 2.0 GiB of memory, 4 are wanted")
+    assert memory_line(16.0) == "16 GiB of memory, enough" and "unknown" in memory_line(None)
 
 
 def test_nbgrader_takes_the_same_parts_out():

@@ -75,6 +75,13 @@ def test_the_task_is_kept_beside_the_stub(exercise):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_a_few_exercises_in_order(path):
+    numbers = [exercise.number for exercise in exercises_of(NOTEBOOKS[path])]
+    assert (1 if path.stem.startswith("00") else 2) <= len(numbers) <= 4
+    assert numbers == [f"{int(path.stem[:2])}.{place}" for place in range(1, len(numbers) + 1)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_no_other_cell_needs_an_exercise(path):
     functions = {exercise.function for exercise in exercises_of(NOTEBOOKS[path])}
     for cell in NOTEBOOKS[path]["cells"]:

@@ -17,6 +17,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     student = commands.add_parser("student", help="write notebooks without solutions and outputs")
     student.add_argument("out", type=Path, help="folder to write them to")
     student.add_argument("--replace", action="store_true", help="write over notebooks that are there")
+    student.add_argument("--solutions", action="store_true", help="keep the solutions, for nbgrader")
     listing = commands.add_parser("exercises", help="list number, title, difficulty and minutes")
     for command in (student, listing):
         command.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="their folder")
@@ -40,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "exercises":
             print(exercise_table(options.notebooks))
             return 0
-        written = write_students(options.notebooks, options.out, replace=options.replace)
+        written = write_students(
+            options.notebooks, options.out, replace=options.replace, solutions=options.solutions
+        )
     except (CourseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(written)} notebooks without solutions are in {options.out}")
+    kept = "with" if options.solutions else "without"
+    print(f"{len(written)} notebooks {kept} solutions are in {options.out}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pruner_lib.assets.files import write_whole
 from pruner_lib.course.exercises import CourseError, Exercise, exercises_of, mark_of, source_of
 
 
-def student_version(notebook: Mapping[str, Any]) -> dict[str, Any]:
+def student_version(notebook: Mapping[str, Any], *, solutions: bool = False) -> dict[str, Any]:
     """A copy of a notebook for students.
 
     The part of each solution between its markers becomes ``raise NotImplementedError``; outputs and the
@@ -21,6 +21,7 @@ def student_version(notebook: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         notebook: a notebook file, parsed; it is not changed.
+        solutions: leave the solutions in, for a tool that takes them out itself (nbgrader).
 
     Raises:
         CourseError: an exercise is not marked as it must be.
@@ -34,7 +35,7 @@ def student_version(notebook: Mapping[str, Any]) -> dict[str, Any]:
         cell["outputs"], cell["execution_count"] = [], None
         cell["metadata"].pop("execution", None)
         if mark_of(cell) == "solution":
-            cell["source"] = stubs[source_of(cell)]
+            cell["source"] = source_of(cell) if solutions else stubs[source_of(cell)]
             _unfold(cell["metadata"])
         elif mark_of(cell) == "check":
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "raises-exception"]
@@ -79,7 +80,9 @@ def _of(path: Path, notebook: Mapping[str, Any]) -> list[Exercise]:
         raise CourseError(f"{path.name}: {error}") from error
 
 
-def write_students(source: Path, target: Path, *, replace: bool = False) -> list[Path]:
+def write_students(
+    source: Path, target: Path, *, replace: bool = False, solutions: bool = False
+) -> list[Path]:
     """Write the student version of every notebook of ``source`` into ``target``.
 
     All are made before the first is written, and none is written over a file that is there already,
@@ -89,6 +92,7 @@ def write_students(source: Path, target: Path, *, replace: bool = False) -> list
         source: folder of the notebooks with solutions.
         target: folder to write to; made when missing.
         replace: write over notebooks that are there.
+        solutions: as for :func:`student_version`.
 
     Returns:
         The files written.
@@ -101,7 +105,10 @@ def write_students(source: Path, target: Path, *, replace: bool = False) -> list
     notebooks = read_notebooks(source)
     for path, notebook in notebooks.items():
         _of(path, notebook)
-    made = {target / path.name: student_version(notebook) for path, notebook in notebooks.items()}
+    made = {
+        target / path.name: student_version(notebook, solutions=solutions)
+        for path, notebook in notebooks.items()
+    }
     there = [path.name for path in made if path.exists()]
     if there and not replace:
         raise CourseError(
