@@ -3,9 +3,13 @@
 #   make walkthrough                      notebooks 00-05 on the default model
 #   make walkthrough MODEL=… DEVICE=…     the same on a hub id or folder, on another device
 #   make lab                              JupyterLab on the first notebook
+#   make student                          notebooks without solutions, into student/ (OUT=… elsewhere)
+#   make lab LAB=student                  JupyterLab on those
 #   make test                             the whole test suite, in a browser too where Chromium is installed,
 #                                         then every notebook under nbval
 #   make notebooks                        execute the committed notebooks in place
+#   make reproduce                        nbval at one thread and at two (NOTEBOOKS=… some of them)
+#   make site                             all notebooks and pages as one static site, in runs/site
 #
 # PYTHON=… picks the interpreter (3.11 or newer), VENV=… the environment's folder.
 
@@ -13,6 +17,8 @@ VENV ?= .venv
 MODEL ?=
 DEVICE ?=
 FRESH ?=
+LAB ?= notebooks
+OUT ?= student
 SUITABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3 python; do \
 	"$$candidate" -c "$(SUITABLE)" >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
@@ -25,7 +31,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup assets walkthrough lab test notebooks lint typecheck clean
+.PHONY: help setup assets walkthrough lab student test notebooks reproduce site lint typecheck clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,7 +52,10 @@ walkthrough: assets
 	"$(BIN)/python" -m pruner_lib.walkthrough --model "$(MODEL)" --device "$(DEVICE)" $(if $(FRESH),--fresh)
 
 lab: $(STAMP)
-	"$(BIN)/jupyter" lab notebooks/00_start_here.ipynb
+	"$(BIN)/jupyter" lab "$(LAB)/00_start_here.ipynb"
+
+student: $(STAMP)
+	"$(BIN)/python" -m pruner_lib.course student "$(OUT)"
 
 test: assets
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not real_model and not browser" --numprocesses auto
@@ -59,6 +68,13 @@ endif
 notebooks: assets
 	"$(BIN)/jupyter" nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	"$(BIN)/python" docs/readme.py
+
+reproduce: assets
+	for threads in 1 2; do \
+		OMP_NUM_THREADS=$$threads "$(BIN)/python" -m pytest --nbval --nbval-current-env $(NOTEBOOKS) || exit 1; done
+
+site: $(STAMP)
+	"$(BIN)/python" docs/site/build.py
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

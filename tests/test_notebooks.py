@@ -112,6 +112,7 @@ def test_anatomy(path):
 def test_cells_are_small_and_something_is_asserted(path):
     cells = code_cells(nbformat.read(path, as_version=4))
     assert statistics.median(len(cell.source.splitlines()) for cell in cells) <= 6
+    assert 25 <= len(nbformat.read(path, as_version=4).cells) <= 50
     assert any(isinstance(node, ast.Assert) for cell in cells for node in ast.walk(ast.parse(cell.source)))
 
 

@@ -287,3 +287,48 @@ def test_a_size_that_means_two_things_is_told_from_the_softmax_scale():
     cut = prune(model, PruningPlan.from_removal(discover(model), removal))
     config = cut.config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 3, 4)
+
+
+class OneMatrix(nn.Module):
+    """Values and a gated MLP out of one fused matrix, back through another: up, heads, gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size, self.neurons = 4, 8, 64
+        self.fused = nn.Linear(32, 2 * self.neurons + self.heads * self.size, bias=False)
+        self.out = nn.Linear(self.neurons + self.heads * self.size, 32, bias=False)
+        self.share = nn.Parameter(torch.ones(self.heads))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        sizes = [self.neurons, self.heads * self.size, self.neurons]
+        up, values, gate = self.fused(hidden).split(sizes, dim=-1)
+        heads = values.unflatten(-1, (self.heads, self.size)) * self.share[:, None]
+        return hidden + self.out(torch.cat([heads.flatten(2), torch.sigmoid(gate) * up], dim=-1))
+
+
+class OneMatrixModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 32), nn.Linear(32, 16, bias=False)
+        self.layers = nn.ModuleList(OneMatrix() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(hidden)
+
+
+def test_two_families_that_shrink_alike_inside_one_dimension() -> None:
+    """64 neurons do not divide the 160 rows they share with the heads, and both keep three quarters."""
+    torch.manual_seed(0)
+    model = OneMatrixModel()
+    found = discover(model)
+    both = [f for f in found.select(layers=range(2)) if f.size in (4, 64)]
+    assert len(both) == 4
+    plan = PruningPlan.from_removal(found, {f.name: range(f.size // 4) for f in both})
+    small = prune(model, plan)
+    for layer in small.layers:
+        assert (layer.heads, layer.neurons, layer.fused.out_features) == (3, 48, 120)
+    ids = torch.arange(12).view(1, 12)
+    assert torch.allclose(small(ids), found.zero(model, plan.removal)(ids), atol=1e-6)

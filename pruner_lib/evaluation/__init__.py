@@ -3,6 +3,7 @@
 ``python -m pruner_lib.evaluation FOLDER [FOLDER …]`` makes a report from checkpoint folders.
 """
 
+from pruner_lib.evaluation.activations import count_activations
 from pruner_lib.evaluation.cost import Cost, count_cost
 from pruner_lib.evaluation.generation import Generation, GenerationTable, generate
 from pruner_lib.evaluation.latency import Latency, LatencyTable, measure_latency
@@ -31,6 +32,7 @@ __all__ = [
     "TaskScore",
     "ZeroShotOptions",
     "ZeroShotResult",
+    "count_activations",
     "count_cost",
     "evaluate",
     "generate",

@@ -64,7 +64,7 @@ def count_cost(model: nn.Module, *, batch_size: int = 1, seq_len: int = 64) -> C
 def _run(skeleton: nn.Module, batch_size: int, seq_len: int) -> tuple[int, int | None]:
     """Multiply-accumulates and cache bytes of one forward pass of a meta model."""
     failures = []
-    for inputs in _ways_to_call(skeleton, batch_size, seq_len):
+    for inputs in ways_to_call(skeleton, batch_size, seq_len):
         counter = MatrixProducts()
         try:
             with torch.no_grad(), torch.device("meta"), counter:
@@ -81,7 +81,7 @@ def _run(skeleton: nn.Module, batch_size: int, seq_len: int) -> tuple[int, int |
     )
 
 
-def _ways_to_call(model: nn.Module, batch_size: int, seq_len: int) -> Iterator[dict[str, Any]]:
+def ways_to_call(model: nn.Module, batch_size: int, seq_len: int) -> Iterator[dict[str, Any]]:
     """Inputs for a decoder without data-dependent branches, the most explicit first."""
     accepts = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())

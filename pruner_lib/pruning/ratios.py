@@ -87,16 +87,13 @@ def profiles(plan: PruningPlan, num_layers: int) -> tuple[Profile, ...]:
         fractions = tuple(by_layer.get(layer, everywhere) for layer in range(num_layers))
         merged.setdefault(fractions, set()).update(places[role])
     groups = _groups(plan)
-    of_places = tuple(
-        Profile(
-            fractions,
-            frozenset(found),
-            frozenset(old[parameter][dim] for parameter, dim in found),
-            frozenset(size for place in found for size in groups.get(place, ())),
-        )
-        for fractions, found in merged.items()
-    )
-    return of_places + _of_families(plan, num_layers, merged.keys())
+    of_places = []
+    for fractions, found in merged.items():
+        behind = frozenset(size for place in found for size in groups.get(place, ()))
+        # One fused dimension may hold several families: 128 neurons need not divide its 448 rows.
+        sizes = behind | {old[parameter][dim] for parameter, dim in found}
+        of_places.append(Profile(fractions, frozenset(found), sizes, behind))
+    return (*of_places, *_of_families(plan, num_layers, merged.keys()))
 
 
 def _of_families(
