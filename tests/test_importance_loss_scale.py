@@ -21,9 +21,10 @@ def case():
     return model, dependencies, scores, batches
 
 
-def test_the_lowest_neurons_sum_to_their_loss_change(case):
+@pytest.mark.parametrize("growth", [1.0, 2.0])
+def test_the_lowest_neurons_sum_to_their_loss_change(case, growth):
     model, dependencies, scores, batches = case
-    found = scale_to_loss(model, dependencies, scores, batches, ratio=0.25)
+    found = scale_to_loss(model, dependencies, scores, batches, ratio=0.25, growth=growth)
     name = "layers.1.mlp_neuron"
     lowest = scores[name].argsort()[: round(0.25 * len(scores[name]))]
     zeroed = dependencies.zero(model, {name: lowest.tolist()})
@@ -33,6 +34,8 @@ def test_the_lowest_neurons_sum_to_their_loss_change(case):
     assert float(found[name][lowest].sum()) == pytest.approx(expected, rel=1e-6)
     assert torch.equal(found[name].argsort(), scores[name].argsort())
     assert "scaled to the loss" in found.criterion
+    ratios = (found[name] / scores[name])[scores[name].argsort()]
+    assert bool((ratios.diff() > 0).all()) if growth > 1 else torch.allclose(ratios, ratios[0])
 
 
 def test_small_families_are_measured_group_by_group(case):
@@ -73,6 +76,8 @@ def test_bad_input(case):
     model, dependencies, scores, batches = case
     with pytest.raises(ValueError, match=r"outside \(0, 1\]"):
         scale_to_loss(model, dependencies, scores, batches, ratio=0.0)
+    with pytest.raises(ValueError, match="growth must be at least 1"):
+        scale_to_loss(model, dependencies, scores, batches, growth=0.5)
     with pytest.raises(ValueError, match="at least 2 sequences"):
         scale_to_loss(model, dependencies, scores, batches[:1])
     negative = ImportanceScores.from_dict({"layers.0.mlp_neuron": -scores["layers.0.mlp_neuron"]})

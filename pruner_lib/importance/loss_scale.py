@@ -37,21 +37,24 @@ def scale_to_loss(
     batches: Tensor,
     *,
     ratio: float = 1 / 3,
+    growth: float = 2.0,
     families: Iterable[str | GroupFamily] | None = None,
     micro_batch_size: int | None = None,
     progress: bool | None = None,
 ) -> ImportanceScores:
     r"""Rescale each family's scores so that what they say of its lowest groups is what the loss says.
 
-    With s the scores of a family, R its lowest ``ratio`` of groups and ΔL(R) the loss change when all of R is
-    zeroed in the otherwise whole model,
+    Let S(k) be the sum of a family's k lowest scores, n groups in all, and m = ratio · n of them the part
+    whose loss change ΔL is measured, zeroed together in the otherwise whole model. The k-th lowest gets
 
-        s'_i = s_i · max(ΔL(R), σ) / Σ_{j ∈ R} s_j        (nats of mean next-token cross-entropy)
+        s'_k = max(ΔL, σ) · [ (S(k) / S(m))^p − (S(k−1) / S(m))^p ]     (nats of next-token cross-entropy)
 
-    where σ is the standard error of ΔL(R) over the sequences: a change that cannot be told from nothing is
-    not taken for less than that. A family of at most 8 groups (KV heads) is measured group by group instead:
-    s'_i = max(ΔL({i}), σ_i). The order of groups within larger families stays; what changes is how families
-    compare, which a criterion alone says badly: a head and a neuron, the first layer and the last.
+    so that the m lowest sum to what they cost together. p > 1 (``growth``) says that each further group costs
+    more than the one before, as it does: near a minimum the loss grows with the square of what is taken away.
+    σ is the standard error of ΔL over the sequences: a change that cannot be told from nothing is not taken
+    for less than that. A family of at most 8 groups (KV heads) is measured group by group instead:
+    s'_i = max(ΔL({i}), σ_i). The order within larger families stays; what changes is how families compare,
+    which a criterion alone says badly: a head and a neuron, the first layer and the last.
 
     Example:
         >>> scores = estimate_importance(model, dependencies, batches, criterion="wanda")
@@ -63,7 +66,8 @@ def scale_to_loss(
         dependencies: what ``discover`` found in it.
         scores: at least zero, not all of them zero in a family's lowest part.
         batches: token ids ``[N, L]``, N ≥ 2; a few thousand tokens are enough.
-        ratio: the share R, in (0, 1]; best near the share that will be pruned.
+        ratio: share of a family that is zeroed, in (0, 1]; best near the share that will be pruned.
+        growth: p, at least 1; 1 keeps the scores' own proportions.
         families: which to scale; all that have scores if None.
         micro_batch_size: sequences run at once; None for about 2048 tokens.
         progress: whether a bar is shown; None shows it in a terminal.
@@ -72,7 +76,7 @@ def scale_to_loss(
         Scores of these families in nats; their criterion is noted as ``"<criterion>, scaled to the loss"``.
 
     Raises:
-        ValueError: a ratio outside (0, 1], unusable batches, negative scores.
+        ValueError: a ratio outside (0, 1], a growth below 1, unusable batches, negative scores.
         FloatingPointError: a loss that is NaN or infinite.
 
     Source: the idea of measuring layers instead of guessing is Li et al. (arXiv 1608.08710); the scaling is
@@ -80,6 +84,8 @@ def scale_to_loss(
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio {ratio} is outside (0, 1]: it is the share of each family that is zeroed")
+    if growth < 1:
+        raise ValueError(f"growth must be at least 1, not {growth}: no group costs less than the one before")
     batches = check_batches(model, batches)
     if len(batches) < 2:
         raise ValueError("scale_to_loss needs at least 2 sequences, to tell a loss change from noise")
@@ -93,8 +99,8 @@ def scale_to_loss(
     with untouched(model), memory_advice(batches), torch.no_grad():
         changes = _changes(model, dependencies, chosen, sets, pieces, progress)
     scaled = {
-        family.name: _scaled(scores[family.name], sets[family.name], changes[family.name])
-        for family in chosen
+        name: _scaled(scores[name], sets[name], changes[name], growth)
+        for name in (family.name for family in chosen)
     }
     criterion = f"{scores.criterion or 'scores'}, scaled to the loss"
     return dataclasses.replace(scores, scores=scaled, criterion=criterion)
@@ -141,13 +147,16 @@ def _changes(
     return {name: torch.cat(parts, 1) for name, parts in rows.items()}
 
 
-def _scaled(values: Tensor, sets: list[list[int]], changes: Tensor) -> Tensor:
+def _scaled(values: Tensor, sets: list[list[int]], changes: Tensor, growth: float) -> Tensor:
     """Scores in nats from loss changes ``[sets, N]``."""
     error = changes.std(1) / changes.shape[1] ** 0.5
     measured = changes.mean(1).maximum(error).clamp(min=torch.finfo(torch.float64).tiny)
     if len(sets) == len(values):
         return measured
-    lowest = float(values[sets[0]].double().sum())
+    ordered, order = values.double().sort(stable=True)
+    total = ordered.cumsum(0)
+    lowest = float(total[len(sets[0]) - 1])
     if lowest == 0:  # nothing to scale: those groups do nothing, and the others keep their order
         return values.double()
-    return values.double() * float(measured[0]) / lowest
+    curve = float(measured[0]) * (total / lowest) ** growth
+    return torch.empty_like(curve).scatter_(0, order, curve.diff(prepend=curve.new_zeros(1)))
