@@ -12,7 +12,6 @@ you like. The table is written after every case.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -97,17 +96,13 @@ class Study:
 
     def cases(self) -> list[Case]:
         """What can be compared here, in the order in which it tells most."""
-        states = [True, False] if _can_compensate() else [False]
+        states = [True, False]
         found = [Case("dense", False, None, None)]
         found += [Case("20 %", state, None, None) for state in states]
         found += [Case("20 %", states[0], BEST, text) for text in TEXTS]
         found += [Case("20 %", s, m, "self-generated") for s in states for m in METHODS]
         found += [Case("50 %", states[0], None, None), Case("50 %", states[0], BEST, "self-generated")]
         return list(dict.fromkeys(found))
-
-
-def _can_compensate() -> bool:
-    return "compensate" in inspect.signature(prune).parameters
 
 
 class Bench:

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from recovery_models import tiny_llama
 from test_recovery_sources import wide_tokenizer
 
-from pruner_lib import load_pruned
+from pruner_lib import ImportanceScores, load_pruned, prune
 from pruner_lib.__main__ import main
-from pruner_lib.pipeline import EXAMPLE, PipelineError, read_config, run_pipeline
+from pruner_lib.pipeline import EXAMPLE, PipelineError, read_config, run_pipeline, running
 from pruner_lib.recovery import RecoverySettings
 
 CONFIG = """
@@ -155,7 +156,9 @@ def test_a_wrong_configuration_is_refused_before_anything_runs(place, old, new, 
 
 def test_tables_that_need_another_are_refused(place):
     for text, message in (
-        ("[prune]\ncompensate = true", r"\[prune\] needs a \[plan\]"),
+        ("[prune.compensate]\nnum_samples = 8", r"\[prune\] needs a \[plan\]"),
+        ("[plan]\nratio = 0.5\n[prune]\ncompensate = true", r"must be a table, \[prune\.compensate\]"),
+        ("[plan]\nratio = 0.5\n[prune.compensate]\nridge = 1", "unknown key 'ridge'.*ridges"),
         ('[importance]\ncriterion = "l2"', r"\[importance\] needs a \[plan\]"),
         ("[recover]\n", r"\[recover\] needs data"),
         ("plan = 3", "plan must be a table"),
@@ -208,3 +211,25 @@ def test_torchrun_recovers_on_two_processes_with_the_same_result(place):
         (history,) = (place / name).glob("recovery/*/history.jsonl")
         losses.append([json.loads(line)["loss"] for line in history.read_text().splitlines()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_best_recipe_by_one_file(place):
+    """Scores in nats, one ranking, and the readers fitted again."""
+    text = CONFIG.format(model=place / "model", text=place / "words.txt")
+    text = text[: text.index("[recover]")].replace('ratio = 0.25\nkinds = ["mlp_neuron"]\nlayers = "0-1"', "")
+    text = text.replace("[plan]", '[plan]\ntarget_params = 0.9\npreset = "best"')
+    text = text.replace('criterion = "taylor_first"', 'criterion = "wanda"\nscale_to_loss = true')
+    config = place / "best.toml"
+    config.write_text(text + "[prune.compensate]\nnum_samples = 12\nridges = [0.1, 1.0]\n")
+    with patch.object(running, "prune", wraps=prune) as cut:
+        run_pipeline(read_config(config, output=place / "best"))
+    scores = ImportanceScores.load(place / "best" / "scores.json")
+    assert "scaled to the loss" in scores.criterion
+    plan = json.loads((place / "best" / "plan.json").read_text())
+    dense, pruned = tiny_llama(), load_pruned(place / "best" / "pruned")
+    assert plan["removal"] and sum(p.numel() for p in pruned.parameters()) <= 0.9 * sum(
+        p.numel() for p in dense.parameters()
+    )
+    (call,) = cut.call_args_list
+    settings = call.kwargs["compensate"]
+    assert settings.batches.shape == (12, 8) and settings.ridges == (0.1, 1.0)

@@ -26,9 +26,8 @@ def record(cut, text=None, perplexity=20.0, average=0.4, method=None):
     }  # fmt: skip
 
 
-def test_every_comparison_of_the_issue_is_a_case(study, monkeypatch, tmp_path):
+def test_every_comparison_of_the_issue_is_a_case(study, tmp_path):
     asked = study.Study(tmp_path, tmp_path / "page.md")
-    monkeypatch.setattr(study, "_can_compensate", lambda: True)
     cases = asked.cases()
     assert len({case.name for case in cases}) == len(cases)
     assert {case.text for case in cases} >= {"self-generated", "c4", "books", "instructions", "wikitext2"}
@@ -37,8 +36,6 @@ def test_every_comparison_of_the_issue_is_a_case(study, monkeypatch, tmp_path):
             study.METHODS
         )
     assert any(case.cut == "50 %" and case.method for case in cases)
-    monkeypatch.setattr(study, "_can_compensate", lambda: False)
-    assert not any(case.compensated for case in asked.cases())
 
 
 def test_a_study_is_resumed_and_leaves_out_what_it_cannot_have(study, monkeypatch, tmp_path):

@@ -10,11 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pruner_lib.assets import DEFAULT_MODEL, load_calibration, load_model
 from pruner_lib.assets.errors import suggestion
 from pruner_lib.evaluation import evaluate
 from pruner_lib.importance import estimate_importance
-from pruner_lib.pruning import plan_pruning
+from pruner_lib.pruning import Compensation, plan_pruning
 from pruner_lib.recovery import Distillation, RecoverySettings
 from pruner_lib.recovery.self_generated import SelfGeneration
 
@@ -36,13 +38,14 @@ seq_len = 128
 [importance]                            # what estimate_importance takes
 criterion = "taylor_first"
 micro_batch_size = 8
+scale_to_loss = true                    # measure what families cost, in nats; needed by preset = "best"
 
 [plan]                                  # what plan_pruning takes; layers = "4-26" counts from 0
 target_params = 0.8
-kinds = ["mlp_neuron"]
+preset = "best"
 
-[prune]
-compensate = false                      # true: refit the layers that read what was cut
+[prune.compensate]                      # fit what reads the removed channels again; leave out for a plain cut
+num_samples = 256                       # windows of calibration text; the rest are fields of Compensation
 
 [recover]
 data = "self-generated"                 # or "alpaca", a .jsonl file, or a text such as "c4:train"
@@ -116,6 +119,14 @@ class PipelineConfig:
         """``[recover.self_generated]``."""
         return SelfGeneration(**self.table("recover").get("self_generated", {}))
 
+    def compensation(self, load: Callable[[int], Tensor]) -> Compensation | None:
+        """``[prune.compensate]``, with as many windows of text as it says; None for a plain cut."""
+        given = dict(self.table("prune").get("compensate", {}))
+        if "compensate" not in self.table("prune"):
+            return None
+        count = given.pop("num_samples", self.table("calibration").get("num_samples", 64))
+        return Compensation(load(count), **{key: _tuple(value) for key, value in given.items()})
+
     def plan_arguments(self) -> dict[str, Any]:
         """``[plan]`` with ``layers = "4-26"`` as a range."""
         given = self.table("plan")
@@ -182,7 +193,7 @@ def _allowed(table: str) -> Collection[str]:
     if table == "recover":
         return {"data", "teacher", "held_out", "paper", "settings", "distillation", "self_generated"}
     function, supplied = keywords[table]
-    extra = {"zero_shot"} if table == "evaluate" else set()
+    extra = {"evaluate": {"zero_shot"}, "importance": {"scale_to_loss"}}.get(table, set())
     return (set(inspect.signature(function).parameters) - supplied) | extra
 
 
@@ -210,6 +221,14 @@ def _check_order(config: PipelineConfig) -> None:
 
 
 def _check_values(config: PipelineConfig) -> None:
+    fields_of = {field.name for field in fields(Compensation)} - {"batches", "progress"}
+    compensate = config.table("prune").get("compensate", {})
+    if not isinstance(compensate, dict):
+        raise PipelineError(
+            f"[prune] compensate must be a table, [prune.compensate], not {compensate!r}; its keys: "
+            f"num_samples, {', '.join(sorted(fields_of))}"
+        )
+    _known(compensate, {"num_samples", *fields_of}, "[prune.compensate]", "key")
     recover = config.table("recover")
     for name, kind in (
         ("settings", RecoverySettings), ("distillation", Distillation), ("self_generated", SelfGeneration),

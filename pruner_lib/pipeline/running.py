@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import time
@@ -21,9 +20,10 @@ from pruner_lib.assets.files import write_whole
 from pruner_lib.checkpoint import load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, discover
 from pruner_lib.evaluation import evaluate
-from pruner_lib.importance import ImportanceScores, estimate_importance
+from pruner_lib.importance import ImportanceScores, estimate_importance, scale_to_loss
 from pruner_lib.pipeline.config import PipelineConfig, PipelineError
 from pruner_lib.pruning import PruningPlan, plan_pruning, prune
+from pruner_lib.pruning.planning import resolved
 from pruner_lib.recovery import InterruptedRecoveryError, RecoveryResult, recover
 from pruner_lib.recovery.self_generated import self_generated_data
 from pruner_lib.recovery.sources import load_instructions
@@ -141,6 +141,12 @@ class _Run:
     def _batches(self) -> Tensor:
         return load_calibration(self._loaded[1], **self._config.table("calibration"))
 
+    def _more_batches(self, count: int) -> Tensor:
+        """Other windows of the calibration's text."""
+        given = self._config.table("calibration")
+        given |= {"num_samples": count, "seed": given.get("seed", 0) + 1}
+        return load_calibration(self._loaded[1], **given)
+
     @cached_property
     def _map(self) -> DependencyMap:
         return discover(self._dense)
@@ -151,10 +157,21 @@ class _Run:
 
     def score(self) -> str:
         given = self._config.table("importance")
+        scaled = given.pop("scale_to_loss", False)
         source = str(self._config.table("calibration").get("source", "wikitext2"))
         scores = estimate_importance(self._dense, self._map, self._batches, source=source, **given)
+        if scaled:
+            scores = scale_to_loss(
+                self._dense, self._map, scores, self._batches[:16], families=self._planned(scores)
+            )
         scores.save(self._folder / "scores.json")
         return f"{scores.criterion} over {scores.num_samples} × {scores.seq_len} tokens"
+
+    def _planned(self, scores: ImportanceScores) -> list[str]:
+        """Families with scores that the plan may touch."""
+        given = self._config.plan_arguments()
+        kinds = resolved(*(given.get(name) for name in ("preset", "scope", "kinds", "ranking"))).kinds
+        return [family.name for family in self._map.select(kind=kinds) if family.name in scores]
 
     def plan(self) -> str:
         scores = ImportanceScores.load(self._folder / "scores.json")
@@ -167,15 +184,10 @@ class _Run:
         return PruningPlan.load(self._folder / "plan.json", self._map)
 
     def prune(self) -> str:
-        given: dict[str, Any] = {}
-        if self._config.table("prune").get("compensate"):
-            if "compensate" not in inspect.signature(prune).parameters:
-                raise PipelineError(
-                    "[prune] compensate: this version of prune has no compensation; leave it out"
-                )
-            given["compensate"] = self._batches
         plan = self._plan
-        self._made["pruned"] = prune(self._dense, plan, **given)
+        self._made["pruned"] = prune(
+            self._dense, plan, compensate=self._config.compensation(self._more_batches)
+        )
         self._save(self._made["pruned"], "pruned", plan)
         return f"saved in {self._folder / 'pruned'}"
 

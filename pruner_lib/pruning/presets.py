@@ -28,6 +28,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "paper": Preset(),
         "one_ranking": Preset(scope="global"),
+        "best": Preset(
+            scope="global",
+            ranking=GlobalRanking(
+                standardise="none", weigh="params", floor={"attention_head": 0.3, "mlp_neuron": 0.2}
+            ),
+        ),
     }
 )
-"""``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global defaults."""
+"""``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global defaults.
+``best``: one ranking of nats per parameter, for scores that ``scale_to_loss`` made; the best recipe measured
+here, see docs/quality.md. On other scores it compares what cannot be compared."""
