@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from importance_oracle import assert_unchanged, odd_state, snapshot, tiny_llama, tokens_of
+from importance_oracle import EVERY, assert_unchanged, odd_state, snapshot, tiny_llama, tokens_of
 from torch.nn import functional
-from zoo import CONFIGURATIONS, tiny
+from zoo import tiny
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import (
@@ -29,7 +29,7 @@ def naive(model, dependencies, tokens, family, groups):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", EVERY)
 def test_stacked_suffixes_are_the_naive_loop_on_every_architecture(name):
     model = tiny(name)
     dependencies, tokens = discover(model), tokens_of(3, 6) + 3
