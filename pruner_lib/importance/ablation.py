@@ -25,7 +25,7 @@ from pruner_lib.importance.calibration import (
     untouched,
 )
 from pruner_lib.importance.chain import NotAChain, Recording, record, starting_after
-from pruner_lib.importance.estimate import check_belongs
+from pruner_lib.importance.estimate import check_family
 from pruner_lib.importance.scores import ImportanceScores
 
 if TYPE_CHECKING:
@@ -109,12 +109,13 @@ def loss_changes(
     chosen = list(range(found.size)) if groups is None else [int(group) for group in groups]
     if not all(0 <= group < found.size for group in chosen):
         raise ValueError(f"groups of {found.name} run from 0 to {found.size - 1}; got {chosen}")
+    check_family(model, dependencies, found)
     batches = check_batches(model, batches)
     size = micro_batch_size or default_size(batches)
     pieces = micro_batches(batches, size if micro_batch_size is None else micro_batch_size)
     layer = _layer_index(model, found)
     with untouched(model), memory_advice(batches), torch.no_grad():
-        ablation = _Ablation(model, dependencies, found, chosen, _tensors_of(model, found, dependencies))
+        ablation = _Ablation(model, dependencies, found, chosen, _tensors_of(model, found))
         bar = progress_bar(len(pieces) * len(chosen), f"zeroing {found.name}", progress)
         with bar:
             if layer is not None:
@@ -133,7 +134,7 @@ def _layer_index(model: nn.Module, family: GroupFamily) -> int | None:
     return layer_of({piece.parameter for piece in family.slices}, path)
 
 
-def _tensors_of(model: nn.Module, family: GroupFamily, dependencies: DependencyMap) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:
     """Parameters and buffers that hold a family's slices.
 
     Raises:
@@ -141,7 +142,14 @@ def _tensors_of(model: nn.Module, family: GroupFamily, dependencies: DependencyM
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
-    return {piece.parameter: check_belongs(family, piece, tensors, dependencies) for piece in family.slices}
+    for piece in family.slices:
+        tensor = tensors.get(piece.parameter)
+        if tensor is None or tensor.shape[piece.dim] <= int(piece.index.max()):
+            raise ValueError(
+                f"{family.name} does not belong to this model: it has no {piece.parameter} of that "
+                "size. Call discover on this model"
+            )
+    return {piece.parameter: tensors[piece.parameter] for piece in family.slices}
 
 
 @dataclass(frozen=True)

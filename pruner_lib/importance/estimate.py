@@ -180,7 +180,19 @@ def scored_dims(
     return dims
 
 
-def check_belongs(
+def check_family(model: nn.Module, dependencies: DependencyMap, family: GroupFamily) -> None:
+    """Refuse a family of another model.
+
+    Raises:
+        ValueError: the model has no tensor of a slice's name and shape.
+    """
+    present: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    present.update(model.named_buffers(remove_duplicate=False))
+    for piece in family.slices:
+        _holder(family, piece, present, dependencies)
+
+
+def _holder(
     family: GroupFamily, piece: CoupledSlice, present: Mapping[str, Tensor], dependencies: DependencyMap
 ) -> Tensor:
     """The tensor that holds a slice.
@@ -203,7 +215,7 @@ def check_belongs(
 def _check_slice(
     family: GroupFamily, piece: CoupledSlice, present: Mapping[str, Tensor], dependencies: DependencyMap
 ) -> None:
-    found = check_belongs(family, piece, present, dependencies)
+    found = _holder(family, piece, present, dependencies)
     if not found.is_floating_point():
         raise ValueError(
             f"{piece.parameter} is stored as {found.dtype}: quantised weights cannot be scored; "
