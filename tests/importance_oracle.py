@@ -1,6 +1,7 @@
 """Tiny models, and importance by plain loops over stored full gradients and inputs."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -13,8 +14,12 @@ from transformers import (
     Phi3ForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
+from zoo import CONFIGURATIONS
 
 VOCABULARY = 40
+# The quick ones differ in what importance sees: how layers are called, what computes a product.
+QUICK = ("llama", "gemma2", "gpt2", "falcon_new", "bloom", "opt", "mixtral", "deepseek_v3")
+EVERY = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CONFIGURATIONS]
 
 
 def tiny_llama(**changes):
@@ -113,13 +118,12 @@ def element_scores(name, W, g, each, uses):
     }[name]()  # fmt: skip
 
 
-def slice_score(criterion, piece, W, g, each, uses, group):
+def slice_score(criterion, piece, matrix, uses, group):
     """One number of one slice of one group, or None if it takes no part."""
     indices = piece.index[group]
     if criterion == "activation":
-        read = [abs(x).mean(0) for dim, x in uses if dim == piece.dim and W.ndim > 1]
+        read = [abs(x).mean(0) for dim, x in uses if dim == piece.dim and matrix.ndim > 1]
         return sum(np.mean([mean[i] for i in indices]) for mean in read) if read else None
-    matrix = element_scores(criterion, W, g, each, uses)
     rows = [np.take(matrix, int(i), axis=piece.dim).sum() for i in indices]
     return sum(abs(row) if criterion == "taylor_vector" else row for row in rows)
 
@@ -127,13 +131,15 @@ def slice_score(criterion, piece, W, g, each, uses, group):
 def brute_force(family, known, criterion, reduction, vectors=True):
     """One number per group, with plain loops over groups, slices and indices."""
     reduce = {"sum": sum, "product": np.prod, "max": max, "last": lambda x: x[-1], "mean": np.mean}[reduction]
+    parts = []
+    for piece in family.slices:
+        if piece.parameter in known and (known[piece.parameter][0].ndim > 1 or vectors):
+            W, _, _, uses = known[piece.parameter]
+            matrix = W if criterion == "activation" else element_scores(criterion, *known[piece.parameter])
+            parts.append((piece, matrix, uses))
     scores = []
     for group in range(family.size):
-        slices = [
-            slice_score(criterion, piece, *known[piece.parameter], group)
-            for piece in family.slices
-            if piece.parameter in known and (known[piece.parameter][0].ndim > 1 or vectors)
-        ]
+        slices = [slice_score(criterion, *part, group) for part in parts]
         scores.append(float(reduce([score for score in slices if score is not None])))
     return torch.tensor(scores, dtype=torch.float64)
 

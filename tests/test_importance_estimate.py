@@ -243,6 +243,8 @@ def test_unknown_names_list_the_valid_ones(llama):
         estimate_importance(model, dependencies, None, criterion="l1", reduction="min")
     with pytest.raises(UnknownFamilyError, match=r"layers\.0\.mlp_neuron"):
         estimate_importance(model, dependencies, None, criterion="l1", families=["layers.0.mlp"])
+    with pytest.raises(ValueError, match=r"no family to score: families is empty.*dependencies\.select"):
+        estimate_importance(model, dependencies, tokens_of(2, 5), families=[])
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
         estimate_importance(model, dependencies, tokens_of(2, 5), micro_batch_size=0)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from importance_oracle import (
+    EVERY,
     VOCABULARY,
     assert_unchanged,
     odd_state,
@@ -12,7 +13,7 @@ from importance_oracle import (
     tokens_of,
 )
 from torch import nn
-from zoo import CONFIGURATIONS, tiny
+from zoo import tiny
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import estimate_importance
@@ -29,7 +30,7 @@ class Bar:
         pass
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", EVERY)
 def test_layer_by_layer_gives_the_same_on_every_architecture(name):
     model = tiny(name)
     dependencies, tokens = discover(model), tokens_of(4, 7) + 3

@@ -156,6 +156,8 @@ def test_every_view_is_drawn():
     assert scores.plot("sorted", family="layers.0.mlp_neuron").axes[0].get_title() == "layers.0.mlp_neuron"
     with pytest.raises(ValueError, match="unknown view 'pie'; valid are heat map, sorted, histogram"):
         scores.plot("pie")
+    with pytest.raises(ValueError, match="no scores to draw"):
+        ImportanceScores.from_dict({}).plot()
 
 
 def test_the_histogram_says_what_it_leaves_out():

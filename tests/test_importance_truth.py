@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from importance_oracle import assert_unchanged, odd_state, snapshot, tiny_llama, tokens_of
+from importance_oracle import EVERY, assert_unchanged, odd_state, snapshot, tiny_llama, tokens_of
 from torch.nn import functional
-from zoo import CONFIGURATIONS, tiny
+from zoo import tiny
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import (
@@ -29,7 +29,7 @@ def naive(model, dependencies, tokens, family, groups):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", EVERY)
 def test_stacked_suffixes_are_the_naive_loop_on_every_architecture(name):
     model = tiny(name)
     dependencies, tokens = discover(model), tokens_of(3, 6) + 3
@@ -95,9 +95,12 @@ def test_measuring_says_what_is_wrong():
         loss_changes(model, dependencies, tokens_of(2, 5), "layers.0.mlp_neuron", [12])
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
         measure_importance(model, dependencies, tokens_of(2, 5), "layers.0.mlp_neuron", micro_batch_size=0)
-    other = discover(tiny_llama(intermediate_size=16))
-    with pytest.raises(ValueError, match="does not belong to this model"):
-        measure_importance(model, other, tokens_of(2, 5), "layers.0.mlp_neuron")
+    for width in (8, 16):  # smaller would find its indices in this model too
+        other = discover(tiny_llama(intermediate_size=width))
+        with pytest.raises(
+            ValueError, match=rf"is \[{width}, 18\] in the dependencies, the model holds \[12, 18\]"
+        ):
+            measure_importance(model, other, tokens_of(2, 5), "layers.0.mlp_neuron")
 
 
 def test_records_what_was_measured():
@@ -171,6 +174,15 @@ def test_score_layers_says_what_is_wrong():
         score_layers(model, discover(model), tokens_of(2, 5), measure="cosine")
     with pytest.raises(ValueError, match="LongTensor"):
         score_layers(model, discover(model), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
+        score_layers(model, discover(model), tokens_of(2, 5), micro_batch_size=0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = float("nan")
+    before = snapshot(model)["hooks"]
+    for measure in ("influence", "loss"):
+        with pytest.raises(FloatingPointError, match=r"sequence 0 is nan.*model\.layers\.1\.mlp\.up_proj\."):
+            score_layers(model, discover(model), tokens_of(2, 5), measure=measure)
+    assert snapshot(model)["hooks"] == before
 
 
 def scores_of(**families):

@@ -25,6 +25,7 @@ from pruner_lib.importance.calibration import (
     untouched,
 )
 from pruner_lib.importance.chain import NotAChain, Recording, record, starting_after
+from pruner_lib.importance.estimate import check_family
 from pruner_lib.importance.scores import ImportanceScores
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def loss_changes(
     chosen = list(range(found.size)) if groups is None else [int(group) for group in groups]
     if not all(0 <= group < found.size for group in chosen):
         raise ValueError(f"groups of {found.name} run from 0 to {found.size - 1}; got {chosen}")
+    check_family(model, dependencies, found)
     batches = check_batches(model, batches)
     size = micro_batch_size or default_size(batches)
     pieces = micro_batches(batches, size if micro_batch_size is None else micro_batch_size)

@@ -81,8 +81,8 @@ def estimate_importance(
 
     Raises:
         UnknownFamilyError: a family that is not in ``dependencies``.
-        ValueError: an unknown criterion or reduction, unusable batches, parameters that do not
-            match ``dependencies``, gradients that are all zero.
+        ValueError: an unknown criterion or reduction, no family, unusable batches, parameters that do
+            not match ``dependencies``, gradients that are all zero.
         FloatingPointError: a loss that is NaN or infinite.
         MemoryError: the device ran out of memory.
 
@@ -142,11 +142,18 @@ def _select(
     dependencies: DependencyMap, families: Iterable[str | GroupFamily] | None
 ) -> tuple[GroupFamily, ...]:
     if families is None:
-        return tuple(family for family in dependencies.families if family.cuttable)
-    listed = [families] if isinstance(families, (str, GroupFamily)) else list(families)
-    return tuple(
-        dependencies.family(family.name if isinstance(family, GroupFamily) else family) for family in listed
-    )
+        selected = tuple(family for family in dependencies.families if family.cuttable)
+    else:
+        listed = [families] if isinstance(families, (str, GroupFamily)) else list(families)
+        names = [family.name if isinstance(family, GroupFamily) else family for family in listed]
+        selected = tuple(dependencies.family(name) for name in names)
+    if not selected:
+        found = "none can be cut" if families is None else "families is empty"
+        raise ValueError(
+            f"there is no family to score: {found}. Name some of the {len(dependencies.families)} that "
+            'discover found, such as families=dependencies.select("mlp_neuron")'
+        )
+    return selected
 
 
 def scored_dims(
@@ -173,9 +180,26 @@ def scored_dims(
     return dims
 
 
-def _check_slice(
+def check_family(model: nn.Module, dependencies: DependencyMap, family: GroupFamily) -> None:
+    """Refuse a family of another model.
+
+    Raises:
+        ValueError: the model has no tensor of a slice's name and shape.
+    """
+    present: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    present.update(model.named_buffers(remove_duplicate=False))
+    for piece in family.slices:
+        _holder(family, piece, present, dependencies)
+
+
+def _holder(
     family: GroupFamily, piece: CoupledSlice, present: Mapping[str, Tensor], dependencies: DependencyMap
-) -> None:
+) -> Tensor:
+    """The tensor that holds a slice.
+
+    Raises:
+        ValueError: the model has none of that name and shape.
+    """
     found = present.get(piece.parameter)
     expected = dependencies.shapes.get(piece.parameter)
     if found is None or (expected is not None and tuple(found.shape) != tuple(expected)):
@@ -185,6 +209,13 @@ def _check_slice(
             f"{list(expected) if expected is not None else 'expected'} in the dependencies, the model "
             f"{state}. Call discover on this model"
         )
+    return found
+
+
+def _check_slice(
+    family: GroupFamily, piece: CoupledSlice, present: Mapping[str, Tensor], dependencies: DependencyMap
+) -> None:
+    found = _holder(family, piece, present, dependencies)
     if not found.is_floating_point():
         raise ValueError(
             f"{piece.parameter} is stored as {found.dtype}: quantised weights cannot be scored; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pruner_lib.discovery.units import UNITS, depth_units, units_of_kind
-from pruner_lib.importance.calibration import check_batches, mean_loss, micro_batches, token_losses, untouched
+from pruner_lib.importance.calibration import (
+    check_batches,
+    check_finite,
+    default_size,
+    mean_loss,
+    memory_advice,
+    micro_batches,
+    token_losses,
+    untouched,
+)
 from pruner_lib.importance.scores import ImportanceScores
 from pruner_lib.importance.skipping import first_output, first_tensor, skipped
 
@@ -51,7 +61,7 @@ def score_layers(
         batches: token ids ``[N, L]``.
         unit: ``"block"``, ``"attention"`` or ``"mlp"``, or several.
         measure: ``"influence"`` or ``"loss"``.
-        micro_batch_size: sequences run at once; None for all.
+        micro_batch_size: sequences run at once; None for about 2048 tokens.
         source: what the text was, recorded with the scores.
         seed: what the batches were drawn with, recorded.
 
@@ -61,14 +71,17 @@ def score_layers(
     Raises:
         ValueError: unusable batches, an unknown unit or measure.
         FloatingPointError: a loss that is NaN or infinite.
+        MemoryError: the device ran out of memory.
 
     Source: block influence, ShortGPT (arXiv 2403.03853), section 2.
     """
     if measure not in MEASURES:
         raise ValueError(f"unknown measure {measure!r}; valid are {', '.join(MEASURES)}")
     units = units_by_path(dependencies, unit)
-    pieces = micro_batches(check_batches(model, batches), micro_batch_size)
-    with untouched(model):
+    batches = check_batches(model, batches)
+    size = default_size(batches) if micro_batch_size is None else micro_batch_size
+    pieces = micro_batches(batches, size)
+    with untouched(model), memory_advice(batches):
         if measure == "influence":
             found = _influence(model, units, pieces)
         else:
@@ -135,8 +148,8 @@ def _influence(model: nn.Module, units: Mapping[str, str], pieces: list[Tensor])
             hook = compare(name, path)
             handles.append(model.get_submodule(layer).register_forward_hook(hook, with_kwargs=True))
         with torch.no_grad():
-            for piece in pieces:
-                token_losses(model, piece)
+            for start, piece in zip(itertools.accumulate(map(len, pieces), initial=0), pieces, strict=False):
+                check_finite(model, piece, token_losses(model, piece), start)
                 tokens += piece.numel()
     finally:
         for handle in handles:

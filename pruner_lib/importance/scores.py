@@ -134,9 +134,12 @@ class ImportanceScores:
             **options: ``kind`` or ``family``; the last one scored if left out.
 
         Raises:
-            ValueError: another view.
+            ValueError: another view, or no scores.
         """
         from pruner_lib import display
+
+        if not self.scores:
+            raise ValueError("there are no scores to draw; estimate at least one family")
 
         if view == "sorted":
             family = options.pop("family", list(self)[-1])
