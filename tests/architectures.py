@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 from plain import PLAIN
 from torch import nn
-from zoo import CONFIGURATIONS, NAMES, tiny
+from zoo import CONFIGURATIONS, MORE, NAMES, tiny
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
-from pruner_lib.pruning import PruningPlan
+from pruner_lib.pruning import PruningError, PruningPlan, prune
 from pruner_lib.pruning.configuration import Blueprint, find_blueprint, follow_blueprint, shapes_of
 from pruner_lib.pruning.slicing import meta_copy, sliced_copy
 from pruner_lib.pruning.verification import find_difference
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
-BY_CONFIGURATION, IN_MEMORY = "yes", "yes, in memory"
+BY_CONFIGURATION, IN_MEMORY, REFUSED = "yes", "yes, in memory", "refused"
 HEAD = """# What discovery finds, architecture by architecture
 
 Written by `python tests/architectures.py`; a test fails when it is no longer true. Every row that says *yes*
@@ -32,7 +32,8 @@ The models are tiny (two layers) and random. *Groups* is their number per family
 model saves, and opens with `from_pretrained` (with `pruner_lib` imported where layers differ). *yes, in
 memory* means that the model's configuration has no entry for the new size, or that it has no configuration:
 the cut model runs, generates and trains, and its weights can be saved as a state dict, but `save_pruned`
-refuses it. The last column says why a family is blocked.
+refuses it. *refused*: the weights could be cut, but a number in the model's code does not follow, so `prune`
+refuses and says so. The last column says why a family is blocked.
 """
 
 
@@ -49,7 +50,7 @@ def can_lose(family: GroupFamily) -> bool:
 
 
 def opens(model: nn.Module, dependencies: DependencyMap, kind: str) -> str:
-    """Whether a configuration describes the model without one group of each family of the kind."""
+    """What becomes of a cut of one group of each family of the kind."""
     removal = {f.name: one_each(f) for f in dependencies.select(kind=kind) if can_lose(f)}
     plan = PruningPlan.from_removal(dependencies, removal)
     empty = sliced_copy(meta_copy(model), plan)
@@ -60,7 +61,13 @@ def opens(model: nn.Module, dependencies: DependencyMap, kind: str) -> str:
         return find_difference(trial, plan) is None
 
     found = find_blueprint(model, plan, shapes_of(empty), describes)
-    return IN_MEMORY if found is None else BY_CONFIGURATION
+    if found is not None:
+        return BY_CONFIGURATION
+    try:
+        prune(model, plan)
+    except PruningError:
+        return REFUSED
+    return IN_MEMORY
 
 
 def rows(dependencies: DependencyMap) -> Iterator[tuple[str, str, str, str | None]]:
@@ -91,7 +98,7 @@ def section(name: str) -> str:
 
 
 def page() -> str:
-    assert set(NAMES) == {*CONFIGURATIONS, *PLAIN}
+    assert set(NAMES) == {*CONFIGURATIONS, *MORE, *PLAIN}
     return HEAD + "\n".join(section(name) for name in NAMES) + "\n"
 
 

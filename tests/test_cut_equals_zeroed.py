@@ -7,22 +7,31 @@ import copy
 import numpy as np
 import pytest
 import torch
-from architectures import BY_CONFIGURATION, IN_MEMORY, can_lose, read_page, rows
+from architectures import BY_CONFIGURATION, IN_MEMORY, REFUSED, can_lose, opens, read_page, rows
 from torch import nn
-from zoo import NAMES, PLAIN, tiny
+from zoo import MORE, NAMES, PLAIN, SAMPLE, tiny
 
 from pruner_lib.checkpoint import CheckpointError, load_pruned, save_pruned
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.pruning import PruningPlan, prune
 
-TOLERANCE = dict.fromkeys(("deepseek_v3", "deepseek_v3_groups"), 1e-5)  # its router computes in float32
+IN_FLOAT32 = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v3_groups"),
+    *("llama4", "glm4_moe", "ernie4_5_moe", "phimoe"),
+)
+TOLERANCE = dict.fromkeys(IN_FLOAT32, 1e-5)  # routers, and complex numbers, that compute in float32
 TOKENS = torch.arange(3, 15).reshape(2, 6)
 KINDS = (
     *("mlp_neuron", "attention_head", "query_head", "hidden_channel"),
     *("qk_channel", "value_channel", "latent_channel", "expert"),
 )
-CASES = [(name, row[0]) for name, found in read_page().items() for row in found if row[3] != "no"]
-CASES = list(dict.fromkeys(CASES))
+ROWS = {(name, row[0]): row[3] for name, found in read_page().items() for row in found if row[3] != "no"}
+EXHAUSTIVE = set(MORE) - set(SAMPLE)
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[0] in EXHAUSTIVE else [])
+    for case, how in ROWS.items()
+    if how in (BY_CONFIGURATION, IN_MEMORY)
+]
 
 
 def random_groups(family: GroupFamily, random: np.random.Generator, most: float = 1.0) -> list[int]:
@@ -91,7 +100,7 @@ def test_the_cut_model_is_an_ordinary_one(name, kind, tmp_path):
         assert torch.equal(logits(again), logits(cut))
         return
     assert_generates_alike(cut)
-    (how,) = {row[3] for row in read_page()[name] if row[0] == kind and row[3] != "no"}
+    how = ROWS[name, kind]
     if how == IN_MEMORY:
         with pytest.raises(CheckpointError, match="no way to say"):
             save_pruned(cut, tmp_path / "cut")
@@ -103,6 +112,13 @@ def test_the_cut_model_is_an_ordinary_one(name, kind, tmp_path):
         again.set_experts_implementation("eager")  # grouped kernels take no float64
     # Gemma rounds the scale of its embeddings to the dtype it is built in, hence no torch.equal.
     torch.testing.assert_close(logits(again), logits(cut), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [case for case, how in ROWS.items() if how == REFUSED])
+def test_what_the_page_calls_refused_is_refused(name, kind):
+    model = tiny(name)
+    assert opens(model, discover(model), kind) == REFUSED
 
 
 def assert_trains(cut: nn.Module) -> None:

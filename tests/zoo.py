@@ -92,6 +92,49 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3_groups": ("deepseek_v3", {**LATENT, "n_group": 2, "topk_group": 1}),
 }
 
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+ROUTED = {**WIDE, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT_V2 = {**LATENT, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+GATED_DELTA = {f"linear_{part}": size for part, size in (("num_key_heads", 2), ("num_value_heads", 4))}
+GATED_DELTA.update({"linear_key_head_dim": 8, "linear_value_head_dim": 8})
+
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, GROUPED) for name in ("smollm3", "olmo", "olmo3", "nemotron", "cohere", "cohere2")},
+    **{name: (name, GROUPED) for name in ("exaone4", "arcee", "bitnet", "nanochat", "diffllama")},
+    **{name: (name, WIDE) for name in ("ernie4_5", "hunyuan_v1_dense", "seed_oss", "helium", "vaultgemma")},
+    "persimmon": ("persimmon", SMALL),
+    "biogpt": ("biogpt", SMALL),
+    "codegen": ("codegen", {**GPT, **SPECIAL, "rotary_dim": 4}),
+    "ctrl": ("ctrl", {**GPT, "dff": 48}),
+    "mamba": (
+        "mamba",
+        {**SMALL, "state_size": 4},
+    ),
+    "lfm2": ("lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
+    "gpt_oss": ("gpt_oss", {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4": (
+        "llama4_text",
+        {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+    ),
+    "deepseek_v2": ("deepseek_v2", LATENT_V2),
+    "olmoe": ("olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": ("granitemoe", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("phimoe", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "minimax": ("minimax", {**WIDE, **LINEAR, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 12}),
+    "qwen3_next": (
+        "qwen3_next",
+        {**ROUTED, **LINEAR, **GATED_DELTA, "num_experts": 4, "shared_expert_intermediate_size": 12},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {**ROUTED, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "ernie4_5_moe": ("ernie4_5_moe", {**ROUTED, "moe_num_experts": 4, "moe_k": 2}),
+}
+"""On the page as well, and cut by the tests marked slow; a few of them always (``SAMPLE``)."""
+SAMPLE = ("gpt_oss", "llama4", "deepseek_v2")
+
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A random model with weights large enough that every head and neuron matters.
@@ -109,11 +152,11 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def _from_configuration(name: str) -> nn.Module:
-    model_type, settings = CONFIGURATIONS[name]
+    model_type, settings = {**CONFIGURATIONS, **MORE}[name]
     config = AutoConfig.for_model(model_type, **settings)
     # Grouped kernels for experts take no float64.
     options = {"experts_implementation": "eager"} if "num_experts_per_tok" in settings else {}
     return AutoModelForCausalLM.from_config(config, **options)
 
 
-NAMES = (*CONFIGURATIONS, *PLAIN)
+NAMES = (*CONFIGURATIONS, *MORE, *PLAIN)

@@ -29,9 +29,11 @@ KEEPS_ZERO = _packets(
     mish hardswish hardtanh relu6 square softshrink expm1 log1p nan_to_num native_dropout clone
     contiguous alias detach _to_copy to dropout tril triu type_as lift_fresh view _unsafe_view reshape
     _reshape_alias t transpose permute unsqueeze squeeze slice split split_with_sizes chunk select
-    unbind index index_select gather embedding sum mean roll flip native_layer_norm layer_norm
+    unbind sum mean roll flip native_layer_norm layer_norm
+    view_as_complex view_as_real
     _fused_rms_norm rms_norm zero cat stack copy"""
 )
+LOOKUPS = _packets("index index_select gather take_along_dim embedding")
 FACTORS = _packets("mul")
 TERMS = _packets("add sub rsub where minimum maximum lerp")
 COPIES = _packets("expand repeat")
@@ -56,6 +58,8 @@ def result_is_quiet(packet: Any, args: Any, infos: Sequence[Info], dims: Sequenc
     labelled = [k - len(dims) for k, dim in enumerate(dims) if isinstance(dim, np.ndarray)]
     if not labelled:
         return True
+    if packet in LOOKUPS:  # the indices looked up are positions, no values
+        return infos[0].quiet
     if packet in KEEPS_ZERO:
         return all(info.quiet for info in infos)
     if packet in COPIES:  # a copy of a zeroed index is zero, but not at the fresh label of the copy

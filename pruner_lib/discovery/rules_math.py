@@ -151,7 +151,8 @@ def _drop(dims: Sequence[Dim], gone: Sequence[int], rank: int) -> list[Dim]:
 def rule_average(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """mean, var, norm over a labelled dimension: the result depends on how many indices there are."""
     dims = trace.dims(args[0])
-    gone = _reduced(args, kwargs, len(dims))
+    with_order = func.overloadpacket in (aten.linalg_vector_norm, aten.norm)  # the norm's order comes first
+    gone = _reduced([args[0], *args[2:]] if with_order else args, kwargs, len(dims))
     for k in gone:
         trace.record("normed", dims[k], axis=k - len(dims))
     outs = out if isinstance(out, (list, tuple)) else [out]
@@ -178,11 +179,12 @@ def rule_compete(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
     if not args[0].dim():
         return [[] for _ in out] if isinstance(out, (list, tuple)) else []
     dims = trace.dims(args[0])
+    if packet in OF_SEVERAL:
+        return _extremes(trace, dims, _reduced(args, kwargs, len(dims)), out)
     if packet in (aten.topk, aten.kthvalue):
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
     else:
         dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
-    dim = -1 if dim is None else dim
     reason = f"its indices compete or have an order ({trace.where()})"
     rivals = dims[dim]
     if isinstance(rivals, np.ndarray) and packet in CHOOSING:
@@ -198,6 +200,15 @@ def rule_compete(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> A
     outs = out if isinstance(out, (list, tuple)) else [out]
     short = [d for k, d in enumerate(rest) if k != dim % len(rest)]
     results = [rest if t.dim() == len(rest) else short for t in outs]
+    return results if isinstance(out, (list, tuple)) else results[0]
+
+
+def _extremes(trace: Trace, dims: Sequence[Dim], gone: Sequence[int], out: Any) -> Any:
+    """Reductions to what one index holds, over one dimension, several, or all (where none is given)."""
+    for k in gone:
+        trace.block(dims[k], f"its indices compete or have an order ({trace.where()})")
+    outs = out if isinstance(out, (list, tuple)) else [out]
+    results = [_drop(dims, gone, t.dim()) for t in outs]
     return results if isinstance(out, (list, tuple)) else results[0]
 
 
@@ -332,6 +343,10 @@ NONLINEAR = {
     if hasattr(aten, name)
 }
 LOUD = "summed over after an operation that turns its zeros into something else"
+OF_SEVERAL = {
+    *(aten.amax, aten.amin, aten.aminmax, aten.max, aten.min, aten.argmax, aten.argmin),
+    *(aten.prod, aten.logsumexp, aten.any, aten.all),
+}
 CHOOSING = {aten._softmax, aten._safe_softmax, aten._log_softmax, aten.softmax, aten.topk}
 POINTWISE = """add sub rsub mul div neg abs exp exp2 expm1 log log1p log2 sqrt rsqrt pow reciprocal sigmoid
     tanh relu silu gelu leaky_relu elu softplus mish hardtanh hardswish hardsigmoid relu6 clamp clamp_min
@@ -339,7 +354,7 @@ POINTWISE = """add sub rsub mul div neg abs exp exp2 expm1 log log1p log2 sqrt r
     floor_divide
     bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor eq ne lt le
     gt ge isnan isinf addcmul addcdiv lerp threshold atan2 square nan_to_num log_sigmoid_forward
-    native_dropout softshrink selu celu log_sigmoid"""
+    native_dropout softshrink selu celu log_sigmoid polar complex"""
 SAME = """clone contiguous alias detach _to_copy to lift_fresh lift_fresh_copy dropout tril triu _conj
     view_as_real_copy type_as"""
 
@@ -369,7 +384,7 @@ RULES = {
     **_all("sum", rule_sum),
     **_all(
         "_softmax _safe_softmax _log_softmax softmax cumsum cumprod topk sort argsort argmax argmin kthvalue "
-        "amax amin max min prod logsumexp any all",
+        "amax amin aminmax max min prod logsumexp any all",
         rule_compete,
     ),
     **_all("native_layer_norm layer_norm _fused_rms_norm rms_norm", rule_layer_norm),

@@ -239,7 +239,22 @@ def rule_unfoldable(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -
     return dims
 
 
+def rule_as_complex(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    """Two numbers become one: what turns them turns both, so they stay together."""
+    *rest, parts = trace.dims(args[0])
+    if isinstance(parts, np.ndarray):
+        trace.equate(parts[:1], parts[1:])
+        trace.block(parts, f"the real and the imaginary part of one number ({trace.where()})")
+    return rest
+
+
+def rule_as_real(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    return [*trace.dims(args[0]), None]
+
+
 RULES = {
+    aten.view_as_complex: rule_as_complex,
+    aten.view_as_real: rule_as_real,
     aten.view: rule_view,
     aten._unsafe_view: rule_view,
     aten.reshape: rule_view,

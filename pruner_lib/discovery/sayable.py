@@ -22,10 +22,11 @@ class Sayable:
 
     def __init__(self, trace: Trace, model: nn.Module, families: Sequence[GroupFamily]) -> None:
         self.families = families
-        self.widths: dict[str, dict[str, set[int]]] = {"attended": {}, "mixed": {}}
+        self.widths: dict[str, dict[str, set[tuple[int, int]]]] = {"attended": {}, "mixed": {}}
         for event in trace.events:
             if event.role in self.widths:
-                self.widths[event.role].setdefault(event.module, set()).add(len(event.labels))
+                known = len(event.labels), int(trace.store.find(event.labels[:1])[0])
+                self.widths[event.role].setdefault(event.module, set()).add(known)
         self.rigid = tuple(
             f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
         )
@@ -45,11 +46,16 @@ class Sayable:
         other = "value_channel" if family.kind == "qk_channel" else "qk_channel"
         mine = _owners(family)
         return any(
-            self.widths["attended"].get(module) == self.widths["mixed"].get(module)
+            self._one_width(module)
             for rival in self.families
             if rival.kind == other
             for module in mine & _owners(rival)
         )
+
+    def _one_width(self, module: str) -> bool:
+        attended, mixed = (self.widths[role].get(module, set()) for role in ("attended", "mixed"))
+        # Where the sequence has labels (of masks, of attention sinks) it is mixed first and attended then.
+        return not {w for w, _ in attended - mixed}.isdisjoint(w for w, _ in mixed - attended)
 
 
 def _owners(family: GroupFamily) -> set[str]:

@@ -102,13 +102,23 @@ class LabelMode(TorchDispatchMode):
         written = outs[0] if args and outs[0] is args[0] else None
         for tensor, labels in zip(outs, dims, strict=False):
             if isinstance(tensor, torch.Tensor):
-                labels = [None if size == 1 else dim for dim, size in zip(labels, tensor.shape, strict=True)]
+                labels = _fitting(labels, tensor.shape, trace)
                 trace.set(tensor, _info(packet, args, infos, labels))
         if packet is aten.topk:
             trace.info(outs[1]).points = _chosen_from(trace, args, kwargs)
         if written is not None:
             _write_through(trace, written)
         return out
+
+
+def _fitting(labels: list[Dim], shape: torch.Size, trace: Trace) -> list[Dim]:
+    """The labels that a rule gave, none for dimensions of one index; a rule that miscounts must not go on."""
+    sizes = [
+        len(dim) if isinstance(dim, np.ndarray) else size for dim, size in zip(labels, shape, strict=False)
+    ]
+    if len(labels) != len(shape) or sizes != list(shape):
+        raise RuntimeError(f"the rule for {trace.where()} labels {sizes}, the result is {list(shape)}")
+    return [None if size == 1 else dim for dim, size in zip(labels, shape, strict=True)]
 
 
 def _info(packet: Any, args: Any, infos: list[Info], labels: list[Dim]) -> Info:

@@ -101,6 +101,13 @@ class NormOverKept(nn.Module):
             if getattr(module, "normalized_shape", None) == (width,):
                 vars(module)["normalized_shape"] = (len(kept),)
 
+    def __getattr__(self, name: str) -> Any:
+        """What other code reads off the norm: ``weight.dtype``, ``eps``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("norm"), name)
+
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = self.norm(hidden[..., self.kept], *args, **kwargs)
         full = out.new_zeros(*out.shape[:-1], self.width)
@@ -136,6 +143,7 @@ class OverKept(TorchDispatchMode):
             aten.var_mean,
             aten.std_mean,
             aten.linalg_vector_norm,
+            aten.norm,
         ):
             return func(x.index_select(self.axis, kept), *args[1:], **kwargs)
         if not self.competes and packet in (aten.native_layer_norm, aten._fused_rms_norm):
