@@ -57,8 +57,9 @@ def distance_to_compiled(backend):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def test_it_compiles():
-    assert distance_to_compiled("aot_eager") < 1e-4
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_it_compiles(backend):
+    assert distance_to_compiled(backend) < 1e-4
 
 
 @pytest.mark.slow
