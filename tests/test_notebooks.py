@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SEQUENCE = (
     "00_start_here", "01_dependency_discovery", "02_importance", "03_pruning", "04_recovery", "05_evaluation",
+    "06_your_own_model", "07_scaling", "08_beyond_the_paper",
 )  # fmt: skip
 # What one notebook leaves in the cache is used by the next only if it was made with the same values.
 SHARED_PARAMETERS = ("model_name", "device", "ratio", "eval_windows", "recovery_text", "recovery_steps")
