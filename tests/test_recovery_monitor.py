@@ -111,7 +111,7 @@ def test_the_monitor_draws_no_more_often_than_asked():
 
 
 def test_the_last_steps_are_shown_when_the_run_is_over():
-    """Pressed after the last step was reported, the button has nothing to stop, and the text says how it ended."""
+    """Pressed after the last step was reported, the button stops nothing, and the text says how it ended."""
     monitor = display.recovery_monitor(every=1000.0)
 
     def training(*, on_step):
