@@ -9,6 +9,7 @@ from __future__ import annotations
 import nbformat
 import pytest
 from lab_server import ROOT, running_lab
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import expect
 
@@ -31,7 +32,7 @@ def course(browser, tmp_path_factory):
             (cache / entry.name).symlink_to(entry)
     with running_lab(home / "lab", {"PRUNER_LIB_CACHE": str(cache)}) as lab:
         for path in NOTEBOOKS:
-            nbformat.write(smaller(nbformat.read(path, as_version=4)), lab.folder / path.name)
+            nbformat.write(smaller(load_notebook_node(str(path))), lab.folder / path.name)
         yield lab
 
 
