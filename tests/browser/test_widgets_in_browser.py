@@ -137,7 +137,7 @@ def test_explorer(shown):
 def test_planner(shown):
     panel = shown.widget("planner")
     status = panel.get_by_role("status")
-    before = status.inner_text()
+    before = status.text_content()
     kept = panel.locator("rect.kept")
     expect(kept).to_have_count(4)
     shown.settled(panel)
