@@ -65,6 +65,31 @@ def test_sampling_depends_on_the_seed_alone(pair):
     assert other.rows != both.rows
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_generation_tells_every_token_and_writes_the_same(pair, do_sample):
+    told = []
+    options = {"max_new_tokens": 5, "do_sample": do_sample}
+    tokenizer = word_tokenizer(eos_token="</s>")
+    table = generate(pair, tokenizer, PROMPTS, on_text=lambda *words: told.append(words), **options)
+    assert table == generate(pair, tokenizer, PROMPTS, **options)
+    for row in table.rows:
+        texts = [text for model, prompt, text in told if (model, prompt) == (row.model, row.prompt)]
+        assert len(texts) == row.num_tokens and texts[-1] == row.text
+        assert all(row.text.startswith(text) for text in texts)
+
+
+def test_generation_ends_when_told_to(pair):
+    tokenizer, told = word_tokenizer(eos_token="</s>"), []
+
+    def on_text(model, prompt, text):
+        told.append(model)
+        return len(told) == 2
+
+    table = generate(pair, tokenizer, PROMPTS, max_new_tokens=9, on_text=on_text)
+    assert [row.num_tokens for row in table.rows] == [2] + [0] * (len(table.rows) - 1)
+    assert table.text("pruned", PROMPTS[-1]) == "" and len(table.rows) == 2 * len(PROMPTS)
+
+
 def test_generation_table_shows_everything(pair):
     table = generate(pair, word_tokenizer(eos_token="</s>"), ["w1 w2"], max_new_tokens=5)
     assert "> w1 w2" in str(table)

@@ -1,5 +1,6 @@
 """The recovery monitor as a person uses it: watch, then press stop; and the speed comparison."""
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -107,6 +108,19 @@ def test_the_monitor_draws_no_more_often_than_asked():
     assert "9.50" in monitor.text.value, "a look at the held-out text is always drawn"
     monitor({"step": 1, "loss": 3.0})
     assert len(monitor.records) == 1, "a new run begins anew"
+
+
+def test_the_last_steps_are_shown_when_the_run_is_over():
+    """Pressed after the last step was reported, the button stops nothing, and the text says how it ended."""
+    monitor = display.recovery_monitor(every=1000.0)
+
+    def training(*, on_step):
+        on_step({"step": 1, "loss": 3.0})
+        on_step({"step": 2, "loss": 2.0})
+        monitor.stop.click()
+
+    asyncio.run(monitor.run(training))
+    assert "Step 2: loss 2.000, stopped" in monitor.text.value
 
 
 def test_controls_are_labelled():

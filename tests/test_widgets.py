@@ -178,6 +178,14 @@ def test_planner_says_why_not_and_recovers(planner):
     assert "uniform=True keeps one width in every layer" in planner.text.value
 
 
+def test_planner_begins_with_the_layers_that_have_scores(model, dependencies, scores):
+    some = ImportanceScores({NEURONS: scores["l2"][NEURONS]})
+    planner = display.plan_explorer(model, dependencies, some)
+    assert planner.layers.value == (1, 1) and set(planner.plan.removal) == {NEURONS}
+    planner.layers.value = (0, 1)
+    assert "Not possible" in planner.text.value and "layers.0.mlp_neuron" in planner.text.value
+
+
 def test_planner_touches_no_model(planner, model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     planner.amount.value = 0.6

@@ -79,9 +79,9 @@ class RecoveryMonitor(widgets.VBox):
         self.add_class("pruner-lab-recovery")
 
     def _press(self) -> None:
-        self.stopped = True
         self.stop.disabled = True
         self.text.value = "Stopping after this step …"
+        self.stopped = True  # last: the training thread may answer at once, and its text must stay
 
     def __call__(self, record: Mapping[str, Any]) -> bool:
         """Take a step's record in; true once the button has been pressed. This is ``on_step``."""
@@ -99,7 +99,11 @@ class RecoveryMonitor(widgets.VBox):
         The function runs in a thread of its own, with this monitor as ``on_step``, and the notebook
         stays free to take clicks. What it raises is raised here.
         """
-        return await asyncio.to_thread(function, *arguments, on_step=self, **options)
+        try:
+            return await asyncio.to_thread(function, *arguments, on_step=self, **options)
+        finally:  # also what happened since the last drawing
+            if self.records:
+                self.draw()
 
     def draw(self) -> None:
         """Show all records up to now."""

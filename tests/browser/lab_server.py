@@ -24,7 +24,8 @@ SETTINGS = {  # nothing pops up, and every cell is in the page even when it is s
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
 }
-PATIENCE = 120_000  # ms; a shared machine is slow at times
+PATIENCE = 120_000  # ms, for one thing on the page; a shared machine is slow at times
+RUN_LIMIT = 900_000  # ms, for all cells of a notebook
 
 
 def find_browser() -> str | None:
@@ -163,7 +164,7 @@ class Notebook:
     def run_all(self) -> None:
         """Run > Run All Cells, and wait for the last one."""
         self.start_all()
-        self.page.wait_for_function(FINISHED)
+        self.page.wait_for_function(FINISHED, timeout=RUN_LIMIT)
 
     def outputs(self) -> list[dict]:
         """Of every code cell: source, tags and outputs."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import nbformat
 import pytest
 from lab_server import ROOT, running_lab
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import expect
 
@@ -31,7 +32,7 @@ def course(browser, tmp_path_factory):
             (cache / entry.name).symlink_to(entry)
     with running_lab(home / "lab", {"PRUNER_LIB_CACHE": str(cache)}) as lab:
         for path in NOTEBOOKS:
-            nbformat.write(smaller(nbformat.read(path, as_version=4)), lab.folder / path.name)
+            nbformat.write(smaller(load_notebook_node(str(path))), lab.folder / path.name)
         yield lab
 
 
@@ -44,34 +45,41 @@ def smaller(notebook):
     return copy
 
 
-def press_another_layer(panel):
-    panel.get_by_role("button", name="2", exact=True).click()
+def press_the_last_layer(panel):
+    button = panel.locator(".widget-toggle-buttons").nth(1).get_by_role("button").last
+    button.click()
+    return f"layers.{button.inner_text().strip()}."
 
 
-def press_global(panel):
-    panel.get_by_role("button", name="global").click()
+def move_the_slider(panel):
+    panel.get_by_role("slider").first.press("ArrowRight")
+    return "remain"
 
 
-def choose_another_family(panel):
-    panel.get_by_label("Family").select_option(index=0)
+def remove_a_larger_share(panel):
+    panel.get_by_role("slider").first.press("ArrowRight")
+    return "lowest 30 %"
 
 
 def type_a_prompt(panel):
+    panel.get_by_role("slider").first.press("Home")  # as few tokens as there may be
     panel.get_by_label("Prompt").fill("Water is")
     panel.get_by_label("Prompt").press("Enter")
+    return "Done"
 
 
 def ask_for_ratios(panel):
     panel.get_by_role("button", name="ratio to the first").click()
+    return "Ratios to"
 
 
-# Widget to one thing that a person would do, and what it must show then.
+# Widget to one thing that a person would do; it returns what must then be shown.
 MOVES = {
-    "groups": (press_another_layer, "layers.2."),
-    "planner": (press_global, "remain"),
-    "criteria": (choose_another_family, "Spearman"),
-    "bench": (type_a_prompt, "Done"),
-    "dashboard": (ask_for_ratios, "Ratios to"),
+    "groups": press_the_last_layer,
+    "planner": move_the_slider,
+    "criteria": remove_a_larger_share,
+    "bench": type_a_prompt,
+    "dashboard": ask_for_ratios,
 }
 
 
@@ -86,14 +94,14 @@ def check(opened):
     opened.run_all()
     assert opened.errors() == []
     moved = 0
-    for name, (move, expected) in MOVES.items():
+    for name, move in MOVES.items():
         for panel in opened.page.locator(f".pruner-lab-{name}").all():
             panel.scroll_into_view_if_needed()
             opened.settled(panel)
-            before = panel.inner_text()
-            move(panel)
             status = panel.get_by_role("status")
-            expect(panel).not_to_have_text(before)
+            before = status.text_content()
+            expected = move(panel)
+            expect(status).not_to_have_text(before)
             expect(status).to_contain_text(expected)
             assert "Not possible" not in status.inner_text()
             opened.picture(f"{name}-{moved}", panel)

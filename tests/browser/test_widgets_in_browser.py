@@ -137,7 +137,7 @@ def test_explorer(shown):
 def test_planner(shown):
     panel = shown.widget("planner")
     status = panel.get_by_role("status")
-    before = status.inner_text()
+    before = status.text_content()
     kept = panel.locator("rect.kept")
     expect(kept).to_have_count(4)
     shown.settled(panel)
@@ -235,3 +235,18 @@ def test_recovery_monitor(lab, open_notebook):
         expect(panel.get_by_role("button", name="Stop after this step")).to_be_disabled()
         assert opened.errors() == []
         opened.picture("stopped", panel)
+
+
+def test_a_widget_whose_kernel_was_restarted_shows_that_it_is_dead(lab, open_notebook):
+    """Nothing breaks silently: the panel is marked as cut off, and running its cells again brings it back."""
+    cells = START, WIDGETS["explorer"]
+    with open_notebook(lab, written(lab, "restarted.ipynb", *cells)) as opened:
+        opened.run_all()
+        opened.restart()
+        expect(opened.page.locator(".jupyter-widgets-disconnected").first).to_be_visible()
+        opened.picture("disconnected")
+        opened.run_all()
+        assert opened.errors() == []
+        panel = opened.widget("groups")
+        panel.get_by_role("button", name="2", exact=True).click()
+        expect(panel.get_by_role("status")).to_contain_text("layers.2.mlp_neuron")

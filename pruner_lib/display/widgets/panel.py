@@ -103,10 +103,10 @@ def whole(label: str, value: int, high: int, low: int = 0) -> widgets.IntSlider:
     )
 
 
-def between(label: str, high: int) -> widgets.IntRangeSlider:
-    """A slider with two handles, at 0 and ``high`` to begin with."""
+def between(label: str, value: tuple[int, int], high: int) -> widgets.IntRangeSlider:
+    """A slider with two handles, from 0 to ``high``."""
     return widgets.IntRangeSlider(
-        value=(0, high), min=0, max=high, description=label, style=WIDE, layout={"width": "46em"}
+        value=value, min=0, max=high, description=label, style=WIDE, layout={"width": "46em"}
     )
 
 

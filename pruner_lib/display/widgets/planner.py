@@ -57,7 +57,7 @@ class PlanExplorer(Panel):
             "goal": buttons("Aim for", list(GOALS), "ratio of groups"),
             "amount": share("Ratio removed", 0.25, 0.0, 0.95),
             "scope": buttons("Ranking", ["local", "global"], "local"),
-            "layers": between("Layers", last),
+            "layers": between("Layers", _scored_layers(dependencies, scores), last),
             "kinds": Choices("Kinds", kinds, usual or kinds[:1]),
             "round_to": choice("Multiples of", [1, 8, 16, 32, 64, 128, 256], 1),
             "uniform": tick("Same width in every layer"),
@@ -114,6 +114,12 @@ def _kinds(dependencies: DependencyMap, scores: Any) -> list[str]:
     """Kinds that have scores and may be cut, in the order of the scores."""
     known = {family.name: family.kind for family in dependencies.families if family.cuttable}
     return list(dict.fromkeys(known[name] for name in scores if name in known))
+
+
+def _scored_layers(dependencies: DependencyMap, scores: Any) -> tuple[int, int]:
+    """First and last layer that has scores: where a plan can begin and end."""
+    layers = [f.layer for f in dependencies.families if f.layer is not None and f.name in scores]
+    return (min(layers), max(layers)) if layers else (0, max(0, dependencies.num_layers - 1))
 
 
 def _totals(dense: Cost, cut: Cost) -> str:
