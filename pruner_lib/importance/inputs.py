@@ -143,7 +143,8 @@ class InputWatch(TorchFunctionMode):
                     self._take_expert(base, expert, args[place[1]], 2 - dim if turned else 1 + dim)
         elif func in _GROUPED:
             with torch.no_grad():
-                self._take_grouped(*args[:2], kwargs.get("offs", args[2] if len(args) > 2 else None))
+                ends = args[2] if len(args) > 2 else kwargs.get("offs")
+                self._take_grouped(args[0], args[1], ends)
         return func(*args, **kwargs)
 
     def _take_grouped(self, inputs: Tensor, stack: Tensor, ends: Tensor | None) -> None:

@@ -42,7 +42,8 @@ def draw_criteria(found: Verdicts) -> Any:
         tidy(axes, xlabel=measure.words if measure.rising else f"{measure.words} (nats)")
     panels[0].set_yticks(range(len(keys)), [", ".join(key) for key in keys], fontsize=8)
     panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, ncols=len(found), loc="lower left", bbox_to_anchor=(0, 1))
+    panels[0].margins(y=0.02)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     return figure
 
 
