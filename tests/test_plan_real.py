@@ -97,20 +97,18 @@ def test_what_is_left_is_an_ordinary_model(real, uniform, scope):
     from peft import LoraConfig, get_peft_model
 
     model, dependencies, scores, _ = real
-    cut = (
-        uniform
-        if scope == "local"
-        else prune(model, plan_pruning(dependencies, scores, ratio=0.2, scope=scope))
-    )
+    plan = plan_pruning(dependencies, scores, ratio=0.25, scope=scope, uniform=scope == "local")
+    cut = uniform if scope == "local" else prune(model, plan)
     ids = torch.arange(100, 116)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = cut.generate(ids, use_cache=False, **options)
     assert torch.equal(cut.generate(ids, **options), expected)
     static = cut.generate(ids, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(static, expected)
-    half = copy.deepcopy(cut).to(torch.bfloat16)  # float16 overflows: the model has activations beyond 65504
-    agree = torch.nn.functional.cosine_similarity(logits(half).double(), logits(cut).double(), dim=-1)
-    assert float(agree.min()) > 0.99
+    half = copy.deepcopy(cut).to(torch.bfloat16)
+    cut_in_half = prune(copy.deepcopy(model).to(torch.bfloat16), plan)
+    assert all(torch.equal(a, b) for a, b in zip(half.parameters(), cut_in_half.parameters(), strict=True))
+    assert logits(half).dtype == torch.bfloat16 and bool(logits(half).isfinite().all())
     adapted = get_peft_model(copy.deepcopy(cut), LoraConfig(r=2, target_modules="all-linear"))
     adapted(ids, labels=ids).loss.backward()
     trained = [p for n, p in adapted.named_parameters() if "lora_B" in n and bool(p.grad.abs().max() > 0)]
