@@ -17,7 +17,7 @@ from pruner_lib.pruning import PruningPlan, prune
 
 IN_FLOAT32 = (
     *("deepseek_v2", "deepseek_v3", "deepseek_v3_groups"),
-    *("llama4", "glm4_moe", "ernie4_5_moe", "phimoe", "diffllama"),
+    *("llama4", "glm4_moe", "ernie4_5_moe", "phimoe"),
 )
 TOLERANCE = dict.fromkeys(IN_FLOAT32, 1e-5)  # routers, and complex numbers, that compute in float32
 TOKENS = torch.arange(3, 15).reshape(2, 6)

@@ -104,7 +104,6 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, WIDE) for name in ("ernie4_5", "hunyuan_v1_dense", "seed_oss", "helium", "vaultgemma")},
     "persimmon": ("persimmon", SMALL),
     "biogpt": ("biogpt", SMALL),
-    "diffllama": ("diffllama", {**SMALL, "num_key_value_heads": 4}),
     "codegen": ("codegen", {**GPT, **SPECIAL, "rotary_dim": 4}),
     "ctrl": ("ctrl", {**GPT, "dff": 48}),
     "mamba": (
