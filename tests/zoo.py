@@ -100,7 +100,7 @@ GATED_DELTA.update({"linear_key_head_dim": 8, "linear_value_head_dim": 8})
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, GROUPED) for name in ("smollm3", "olmo", "olmo3", "nemotron", "cohere", "cohere2")},
-    **{name: (name, GROUPED) for name in ("exaone4", "arcee", "bitnet", "nanochat", "diffllama")},
+    **{name: (name, GROUPED) for name in ("exaone4", "arcee", "bitnet", "nanochat")},
     **{name: (name, WIDE) for name in ("ernie4_5", "hunyuan_v1_dense", "seed_oss", "helium", "vaultgemma")},
     "persimmon": ("persimmon", SMALL),
     "biogpt": ("biogpt", SMALL),
