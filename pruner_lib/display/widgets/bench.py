@@ -44,7 +44,7 @@ class GenerationBench(Panel):
             name="bench",
         )
         self.children = (self.prompt, self.max_new_tokens, self._row(), self.text, self.picture)
-        self.say("Press Generate, or Enter in the prompt.")
+        self.say("Press Generate, or type another prompt and Enter.")
         self.button.on_click(lambda button: self.start())
         self.stop.on_click(lambda button: self._stop())
         self.prompt.observe(lambda change: self.start(), names="value")
