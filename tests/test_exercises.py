@@ -42,10 +42,11 @@ def run(definition, check):
 
 
 @each_exercise
-def test_the_solution_passes(exercise, capsys):
+def test_the_solution_passes(exercise, capfd):
     run(exercise.solution, exercise.check)
-    said = capsys.readouterr().out
+    said, noise = capfd.readouterr()
     assert said.startswith(f"Exercise {exercise.number} is right: ") and said.count("\n") == 1
+    assert noise == ""
 
 
 @each_exercise

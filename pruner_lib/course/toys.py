@@ -33,6 +33,8 @@ def tiny_model(architecture: str, **sizes: Any) -> nn.Module:
     """A model of transformers' own class with random weights; no random state outside is touched."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # Some configurations name an end token far beyond a small vocabulary, and say so on standard error.
+    sizes = {"bos_token_id": 0, "eos_token_id": 1, **sizes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
