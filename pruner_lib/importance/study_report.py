@@ -234,8 +234,8 @@ def _places(found: Verdicts) -> list[str]:
             for place, key in enumerate(order, 1):
                 places.setdefault(key, []).append(place)
             shown = [f"{values[key]:.3f}" for key in (order[0], DEFAULT)]
-            place = f"{order.index(DEFAULT) + 1} of {len(order)}"
-            rows.append([KINDS[kind], measure.words, ", ".join(order[0]), *shown, place])
+            standing = f"{order.index(DEFAULT) + 1} of {len(order)}"
+            rows.append([KINDS[kind], measure.words, ", ".join(order[0]), *shown, standing])
     mean = {key: statistics.fmean(mine) for key, mine in places.items()}
     first = sorted(mean, key=mean.__getitem__)
     listed = "; ".join(f"{', '.join(key)} ({mean[key]:.1f})" for key in first[:5])

@@ -278,8 +278,8 @@ class _Layer:
         needed = _TOKENS_PER_CHANNEL * weight.shape[1]
         if run.settings.method == "ridge" and sums[0].tokens < needed:
             warnings.warn(
-                f"{sums[0].tokens} calibration tokens for {weight.shape[1]} channels of {reader.weight}: a fit "
-                f"takes at least {needed}, a good one ten times as many. It is shrunk towards the old weights",
+                f"{sums[0].tokens} calibration tokens for {weight.shape[1]} channels of {reader.weight}: a "
+                f"fit takes at least {needed}, a good one ten times as many. The weights are kept near the old",
                 stacklevel=2,
             )
         found = self._solve(sums[0], sums[1], weight, bias)
