@@ -116,7 +116,7 @@ def test_widgets_become_notes_and_figures_get_the_sentence_after_them():
             cell("plot()", shown(image_png="iVBORw0KGgo=")), nbformat.v4.new_markdown_cell("between"),
             cell("print()", said('The figure: "bars"\nfall\n')), cell("display(w)", widget),
             cell("alone()", shown(image_png="iVBORw0KGgo=")), cell("pass"),
-            cell("def f(): ...", nbgrader={"solution": True}),
+            cell("def f(): ...", nbgrader={"solution": True}, tags=["hide-input"]),
         ]
     )  # fmt: skip
     notebook.metadata["widgets"] = {"state": {}}

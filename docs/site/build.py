@@ -56,7 +56,7 @@ def for_reading(notebook: Any) -> Any:
         if cell.cell_type != "code":
             continue
         if cell.metadata.get("nbgrader", {}).get("solution"):
-            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+            cell.metadata.tags = sorted({*cell.metadata.get("tags", []), "hide-input"})
         for output in cell.outputs:
             if WIDGET in output.get("data", {}):
                 output.data = {"text/html": NOT_STATIC}
