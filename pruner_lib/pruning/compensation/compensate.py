@@ -279,7 +279,7 @@ class _Layer:
         if run.settings.method == "ridge" and sums[0].tokens < needed:
             warnings.warn(
                 f"{sums[0].tokens} calibration tokens for {weight.shape[1]} channels of {reader.weight}: a "
-                f"fit takes at least {needed}, a good one ten times as many. The weights are kept near the old",
+                f"fit takes at least {needed}, a good one ten times as many. They stay near the old",
                 stacklevel=2,
             )
         found = self._solve(sums[0], sums[1], weight, bias)
