@@ -168,7 +168,7 @@ def test_round_to_holds_in_the_global_scope():
         ({"ratio": 0.2, "layers": range(3), "uniform": True}, "uniform=True keeps one width in every layer"),
         ({"ratio": 0.2, "protect": [0], "uniform": True}, "uniform=True keeps one width"),
         ({"ratio": 0.2, "minimum": 4}, r"minimum 4 cannot be met by layers\.0\.attention_head: it has 3"),
-        ({"ratio": 0.2, "minimum": 0}, "minimum must be at least 1"),
+        ({"ratio": 0.2, "minimum": 0}, "minimum must be a whole number of at least 1"),
         ({"ratio": {"neurons": 0.2}}, "unknown kind 'neurons' in ratio"),
         ({"ratio": {"mlp_neuron": 1.2}}, r"ratio 1.2 is outside \[0, 1\)"),
         ({"ratio": 0.2, "ranking": GlobalRanking()}, "only scope='global' does"),

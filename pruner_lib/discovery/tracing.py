@@ -70,16 +70,21 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 class LabelMode(TorchDispatchMode):
-    """Sees every ATen operator and applies its rule to the labels."""
+    """Sees every ATen operator and applies its rule to the labels.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        trace: what is known so far.
+        remember: take the shapes of repeated calls from memory; modes around this one do not see those calls.
+    """
+
+    def __init__(self, trace: Trace, remember: bool = True) -> None:
         super().__init__()
         self.trace = trace
-        self.shapes = Shapes()
+        self.shapes = Shapes() if remember else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = self.shapes.call(func, args, kwargs)
+        out = func(*args, **kwargs) if self.shapes is None else self.shapes.call(func, args, kwargs)
         outs = out if isinstance(out, (list, tuple)) else [out]
         if not any(isinstance(t, torch.Tensor) for t in outs):
             return out
@@ -277,9 +282,19 @@ def default_inputs(model: nn.Module) -> list[dict[str, torch.Tensor]]:
 
 
 def run(
-    model: nn.Module, example_inputs: Mapping[str, Any] | None, *, log: bool = False
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | None,
+    *,
+    log: bool = False,
+    remember: bool = True,
 ) -> tuple[Trace, dict[str, list[Dim]]]:
     """Run a meta model symbolically.
+
+    Args:
+        model: on the meta device.
+        example_inputs: see ``discover``.
+        log: keep the equations.
+        remember: see :class:`LabelMode`.
 
     Returns:
         ``(trace, labels)``: the trace and, per parameter or buffer, the labels of its dimensions.
@@ -299,7 +314,7 @@ def run(
                 torch.no_grad(),
                 torch.device("meta"),
                 module_paths(trace, model),
-                LabelMode(trace),
+                LabelMode(trace, remember),
                 Spelling(trace),
             ):
                 out = model(**way)

@@ -270,7 +270,7 @@ def _traced(model: nn.Module, inputs: dict[str, Any]) -> _Traced:
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         with module_paths(watch.place, model), watch:
-            trace, labels = run(model, inputs)
+            trace, labels = run(model, inputs, remember=False)
     finally:
         handle.remove()
     grouping = build_families(trace, labels, model)
