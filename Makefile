@@ -7,6 +7,7 @@
 #   make lab LAB=student                  JupyterLab on those
 #   make test                             the whole test suite, in a browser too where Chromium is installed,
 #                                         then every notebook under nbval
+#   make exhaustive                       the slow tests too: every architecture, the notebooks on a second model
 #   make notebooks                        execute the committed notebooks in place
 #   make reproduce                        nbval at one thread and at two (NOTEBOOKS=… some of them)
 #   make site                             all notebooks and pages as one static site, in runs/site
@@ -31,7 +32,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup assets walkthrough lab student test notebooks reproduce site lint typecheck clean
+.PHONY: help setup assets walkthrough lab exhaustive student test notebooks reproduce site lint typecheck clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,12 +59,16 @@ student: $(STAMP)
 	"$(BIN)/python" -m pruner_lib.course student "$(OUT)"
 
 test: assets
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not real_model and not browser" --numprocesses auto
-	"$(BIN)/python" -m pytest -m real_model
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not slow and not real_model and not browser" --numprocesses auto
+	"$(BIN)/python" -m pytest -m "real_model and not slow"
 	"$(BIN)/python" -m pytest -m browser tests/browser
 ifneq ($(NOTEBOOKS),)
 	"$(BIN)/python" -m pytest --nbval --nbval-current-env notebooks
 endif
+
+exhaustive: assets
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "slow and not real_model and not browser" --numprocesses auto
+	"$(BIN)/python" -m pytest -m "slow and real_model"
 
 notebooks: assets
 	"$(BIN)/jupyter" nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)

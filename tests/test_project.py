@@ -107,10 +107,17 @@ def test_ci_runs_everything_in_its_own_environment():
 def test_make_test_runs_pytest_and_strict_nbval():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = makefile.split("\ntest:")[1].split("\nlint:")[0]
-    assert '-m pytest -m "not real_model and not browser"' in recipe and "-m pytest -m real_model\n" in recipe
+    assert '-m pytest -m "not slow and not real_model and not browser"' in recipe
+    assert '-m pytest -m "real_model and not slow"\n' in recipe
     assert "-m pytest -m browser tests/browser\n" in recipe
     assert "-m pytest --nbval --nbval-current-env notebooks" in recipe
     assert "--nbval-lax" not in makefile
+
+
+def test_make_exhaustive_runs_all_that_make_test_leaves_out():
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nexhaustive:")[1].split("\nnotebooks:")[0]
+    assert '-m pytest -m "slow and not real_model and not browser"' in recipe
+    assert '-m pytest -m "slow and real_model"\n' in recipe
 
 
 def test_licence_is_apache_2_in_full():
