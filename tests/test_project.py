@@ -115,7 +115,8 @@ def test_make_test_runs_pytest_and_strict_nbval():
 
 
 def test_make_exhaustive_runs_all_that_make_test_leaves_out():
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nexhaustive:")[1].split("\nnotebooks:")[0]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = makefile.split("\nexhaustive:")[1].split("\nnotebooks:")[0]
     assert '-m pytest -m "slow and not real_model and not browser"' in recipe
     assert '-m pytest -m "slow and real_model"\n' in recipe
 
