@@ -145,6 +145,30 @@ def test_no_change_is_one_of_the_choices():
     assert torch.equal(found.weight, weight) and found.ridge == float("inf")
 
 
+@pytest.mark.parametrize("start", [None, 0.001, 1000.0, 7.0])
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
+def test_the_best_ridge_is_found_from_everywhere(start, noise):
+    generator = torch.Generator().manual_seed(0)
+    true, weight = (torch.randn(3, 8, generator=generator).double() for _ in range(2))
+    sums = [Statistics.empty(8, 3, weight.device) for _ in range(2)]
+    for each, count in zip(sums, (40, 500), strict=True):
+        inputs, away = (torch.randn(count, n, generator=generator).double() for n in (8, 3))
+        each.add(inputs, inputs @ true.T + noise * away, torch.ones(count).double())
+    ridges = tuple(10.0**power for power in range(-3, 4))
+    found = best_fit(*sums, weight, None, ridges, start)
+    every = [sums[1].error(*ridge_fit(sums[0], weight, None, ridge)) for ridge in ridges]
+    assert found.after == pytest.approx(min(every), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "held", "size"), [(28, 4, 4), (448, 64, 16), (14, 2, 2), (7, 1, 16), (24, 8, 8)]
+)
+def test_pieces_are_even_where_that_leaves_them_large(fitted, held, size):
+    from pruner_lib.pruning.compensation.compensate import _even_size
+
+    assert _even_size(fitted, held, 16) == size
+
+
 def hidden_gap(dense, model, batches):
     """Mean squared distance of the last hidden states."""
     with torch.no_grad():

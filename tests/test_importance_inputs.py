@@ -129,6 +129,30 @@ def test_nan_is_named_in_forward_passes_too():
         estimate_importance(model, dependencies, tokens_of(2, 5), criterion="fluctuation")
 
 
+def test_nan_that_no_later_token_sees_is_named_too():
+    model = tiny_llama()
+    dependencies = discover(model)
+    family = dependencies.select(kind="mlp_neuron", layers=1)
+    tokens = tokens_of(2, 5)
+    first = torch.tensor(0)  # the first token, in the last layer: attention no longer passes it on
+    model.model.layers[1].mlp.up_proj.register_forward_hook(
+        lambda module, args, out: out.index_fill(1, first, float("nan"))
+    )
+    with pytest.raises(FloatingPointError, match=r"sequence 0 is nan.*model\.layers\.1\.mlp\.up_proj\."):
+        estimate_importance(model, dependencies, tokens, criterion="wanda", families=family)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("mlp_neuron", 1), ("hidden_channel", 6)])
+def test_logits_of_every_token_are_made_only_for_who_reads_them(kind, wanted):
+    model = tiny_llama()
+    dependencies = discover(model)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    families = dependencies.select(kind=kind)
+    estimate_importance(model, dependencies, tokens_of(2, 6), criterion="activation", families=families)
+    assert seen == [wanted]
+
+
 def test_a_criterion_reads_what_its_arguments_name():
     own = Criterion("own", "Σ |g|·m", lambda g, m: g.abs() * m)
     assert own.needs_gradient and own.needs_inputs and not own.needs_second_moment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,13 +130,14 @@ def memory_advice(batches: Tensor) -> Iterator[None]:
         ) from error
 
 
-def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
+def logits_of(model: nn.Module, batch: Tensor, *, last: bool = False) -> Tensor:
     """Logits ``[n, L, vocabulary]`` of a language model, or of any module that maps token ids to them.
 
     Args:
         model: takes ``input_ids``, or token ids as its only argument; returns logits, or an object or
             a tuple that holds them (``.logits``, the first entry).
         batch: token ids ``[n, L]``, moved to where the embedding lies.
+        last: the last token's are enough, ``[n, 1, vocabulary]``, where the model takes ``logits_to_keep``.
     """
     device = next(model.parameters()).device
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -144,7 +146,9 @@ def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
     accepted = inspect.signature(model.forward).parameters.values()
     named = {parameter.name for parameter in accepted}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
-    options = {"use_cache": False} if open_ended or "use_cache" in named else {}
+    options: dict[str, Any] = {"use_cache": False} if open_ended or "use_cache" in named else {}
+    if last and "logits_to_keep" in named:
+        options["logits_to_keep"] = 1
     if open_ended or "input_ids" in named:
         output = model(input_ids=batch.to(device), **options)
     else:

@@ -13,6 +13,7 @@ from pruner_lib.importance.calibration import (
     check_batches,
     check_finite,
     default_size,
+    logits_of,
     memory_advice,
     micro_batches,
     progress_bar,
@@ -127,12 +128,20 @@ def _inputs(
     pieces = options.pieces(share.rows(batches))
     matrices = {name: parameter for name, parameter in parameters.items() if parameter.ndim > 1}
     watch = InputWatch(matrices, [name for name in INPUTS if name in criterion.reads])
+    # Without the head nothing needs the logits of every token, a fifth of the work in a small model.
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    reads_head = id(getattr(head, "weight", None)) in watch.names
     bar, start = progress_bar(len(pieces), criterion.name, options.progress), 0
     with untouched(model), bar, share.together(), torch.no_grad():
         for piece in pieces:
             with watch:
-                losses = token_losses(model, piece)
-            check_finite(model, piece, losses, start, share)
+                logits = logits_of(model, piece, last=not reads_head)
+            if not bool(torch.isfinite(logits).all()):
+                check_finite(model, piece, token_losses(model, piece), start, share)
             start += len(piece)
             bar.update()
+        if not watch.is_finite():  # of a token that no later one looks at, the last logits know nothing
+            for number, piece in enumerate(pieces):
+                done = sum(map(len, pieces[:number]))
+                check_finite(model, piece, token_losses(model, piece), done, share)
     return watch.finish(parameters, share, sum(piece.numel() for piece in pieces))

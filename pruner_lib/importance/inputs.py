@@ -182,6 +182,12 @@ class InputWatch(TorchFunctionMode):
             self._last = (inputs, inputs._version, terms)
         return terms
 
+    def is_finite(self) -> bool:
+        """False when an input that was seen held NaN or infinity."""
+        seen = [moments for uses in self.uses.values() for moments in uses.values()]
+        seen += [moments for dims in self.experts.values() for each in dims.values() for moments in each]
+        return all(bool(torch.isfinite(total).all()) for moments in seen for total in moments.sums.values())
+
     def finish(
         self, parameters: Mapping[str, nn.Parameter], share: Share, tokens: int
     ) -> dict[str, list[InputUse]]:

@@ -62,7 +62,7 @@ class Compensation:
     batches: Tensor
     method: str = "ridge"
     correct: bool = True
-    ridges: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    ridges: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     holdout: float = 0.125
     weighting: str = "rms"
     micro_batch_size: int | None = None
@@ -191,13 +191,20 @@ def compensate(
     return Compensated(fitted if better else copy.deepcopy(pruned), readers, left, before, after, better)
 
 
+def _even_size(fitted: int, held: int, most: int) -> int:
+    """Sequences per piece: one that leaves no remainder, as each shape of a piece takes passes of its own."""
+    even = max(size for size in range(1, most + 1) if fitted % size == held % size == 0)
+    return even if 8 * even >= most else most
+
+
 class _Run:
     """One pass over the layers."""
 
     def __init__(
         self, model: nn.Module, fitted: nn.Module, plan: PruningPlan, settings: Compensation, batches: Tensor
     ) -> None:
-        size, cut = settings.micro_batch_size or default_size(batches), settings.split()
+        cut = settings.split()
+        size = settings.micro_batch_size or _even_size(cut, len(batches) - cut, default_size(batches))
         pieces = [*micro_batches(batches[:cut], size), *micro_batches(batches[cut:], size)]
         self.held = [number >= math.ceil(cut / size) for number in range(len(pieces))]
         self.plan, self.settings, self.model = plan, settings, model
@@ -282,14 +289,18 @@ class _Layer:
                 f"fit takes at least {needed}, a good one ten times as many. They stay near the old",
                 stacklevel=2,
             )
-        found = self._solve(sums[0], sums[1], weight, bias)
+        found = self._solve(reader, sums[0], sums[1], weight, bias)
         set_matrix(module, found.weight, found.bias)
         run.found.append(FittedReader(reader.weight, found.ridge, found.before, found.after, weight.shape[1]))
 
-    def _solve(self, fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | None) -> Fit:
+    def _solve(
+        self, reader: Reader, fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | None
+    ) -> Fit:
         if self.run.settings.method == "bias":
             return mean_fit(fit, held, weight, bias)
-        return best_fit(fit, held, weight, bias, self.run.settings.ridges)
+        alike = [each.ridge for each in self.run.found if each.weight.endswith(f".{reader.path}.weight")]
+        start = alike[-1] if alike else None  # of the layer before
+        return best_fit(fit, held, weight, bias, self.run.settings.ridges, start)
 
     def _tokens(self, piece: int, reader: Reader) -> tuple[Tensor, Tensor, Tensor] | None:
         """Inputs, targets and weights of one piece's tokens; None where the two models route differently."""
