@@ -38,4 +38,4 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 """``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global defaults.
 ``best``: one ranking of nats per parameter, for scores that ``scale_to_loss`` made; the best recipe measured
-here, see docs/quality.md. On other scores it compares what cannot be compared."""
+here (docs/decisions.md). On other scores it compares what cannot be compared."""
