@@ -18,7 +18,10 @@ from pruner_lib.assets.files import cache_folder
 pytestmark = pytest.mark.browser
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Of these each notebook takes those that its cell of parameters has. Assertions must hold all the same.
-SMALLER = {"num_windows": 12, "eval_windows": 16, "recovery_steps": 8, "new_tokens": 8}
+SMALLER = {
+    "num_windows": 12, "eval_windows": 8, "recovery_steps": 4, "new_tokens": 8, "task_items": 4, "teacher_steps": 4,
+    "draft_tokens": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
