@@ -98,7 +98,7 @@ def cases() -> list[Case]:
     ]
     found += [vary(BEST, compensation="bias")]
     found += [vary(BEST, seed=seed) for seed in (1, 2)]
-    for criterion in ("taylor_first", "wanda", "fluctuation", "l2", "random"):
+    for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
         for scope in ("local", "global", "nats"):
             for compensation in (None, "bias", "ridge"):
                 found.append(vary(BEST, criterion=criterion, scope=scope, compensation=compensation))

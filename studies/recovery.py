@@ -87,7 +87,7 @@ class Study:
     device: str | None = None
     minutes: float = 10.0
     plan: Mapping[str, Any] = field(default_factory=dict)
-    criterion: str = "taylor_first"
+    criterion: str = "taylor_second"
     instructions: str = "alpaca"
     num_self_generated: int = 1000
     test_tokens: int = 65536

@@ -119,7 +119,7 @@ def test_the_page_has_every_combination_and_says_what_the_default_is_worth(finis
     for kind in ("neurons", "query heads", "heads"):
         for measure in MEASURES:
             assert text.count(f"\n| {kind} | {measure.words} | ") == 1
-    assert "default (taylor_first, sum)" in text and "The default has " in text
+    assert "default (taylor_second, sum)" in text and "The default has " in text
     for source in SETTINGS.sources:
         for view in VIEWS.values():
             assert text.count(f"\n| {source} | {view} | ") == 1

@@ -39,8 +39,12 @@ def batches():
 def scores(model, dependencies, batches):
     return {
         "l2": pl.estimate_importance(model, dependencies, None, criterion="l2"),
-        "taylor": pl.estimate_importance(model, dependencies, batches, source="noise"),
-        "largest": pl.estimate_importance(model, dependencies, batches, reduction="max", source="noise"),
+        "taylor": pl.estimate_importance(
+            model, dependencies, batches, criterion="taylor_first", source="noise"
+        ),
+        "largest": pl.estimate_importance(
+            model, dependencies, batches, criterion="taylor_first", reduction="max", source="noise"
+        ),
     }
 
 

@@ -85,7 +85,9 @@ def cases(model: nn.Module, dependencies: DependencyMap, batches: Tensor) -> dic
     blocks = [family.name for family in dependencies.select(BLOCKS)]
 
     def scored(**options: Any) -> Run:
-        return lambda: estimate_importance(model, dependencies, batches, **{"families": blocks, **options})
+        return lambda: estimate_importance(
+            model, dependencies, batches, **{"families": blocks, "criterion": "taylor_first", **options}
+        )
 
     half = max(1, len(batches) // 2)
     found: dict[str, tuple[str, Run]] = {
@@ -93,6 +95,7 @@ def cases(model: nn.Module, dependencies: DependencyMap, batches: Tensor) -> dic
         "forward + backward": ("forward + backward", lambda: bare_backward(model, batches, names)),
         "taylor_first, heads and neurons": ("forward + backward", scored()),
         "taylor_first, all families": ("forward + backward", scored(families=None)),
+        "taylor_second, heads and neurons": ("forward + backward", scored(criterion="taylor_second")),
     }
     for way in ("layers", "gradients"):
         title = f"taylor_first, two micro-batches, {way}"

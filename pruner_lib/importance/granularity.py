@@ -17,7 +17,7 @@ def element_scores(
     parameters: str | Iterable[str],
     batches: Tensor | None,
     *,
-    criterion: str | Criterion = "taylor_first",
+    criterion: str | Criterion = "taylor_second",
     micro_batch_size: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def vector_scores(
     parameters: str | Iterable[str],
     batches: Tensor | None,
     *,
-    criterion: str | Criterion = "taylor_first",
+    criterion: str | Criterion = "taylor_second",
     micro_batch_size: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, dict[int, Tensor]]:

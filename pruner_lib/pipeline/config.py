@@ -36,7 +36,7 @@ num_samples = 64
 seq_len = 128
 
 [importance]                            # what estimate_importance takes
-criterion = "taylor_first"
+criterion = "taylor_second"
 micro_batch_size = 8
 scale_to_loss = true                    # measure what families cost, in nats; needed by preset = "best"
 

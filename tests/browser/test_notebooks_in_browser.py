@@ -19,8 +19,8 @@ pytestmark = pytest.mark.browser
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Of these each notebook takes those that its cell of parameters has. Assertions must hold all the same.
 SMALLER = {
-    "num_windows": 12, "eval_windows": 8, "recovery_steps": 4, "new_tokens": 8, "task_items": 4, "teacher_steps": 4,
-    "draft_tokens": 8,
+    "num_windows": 12, "eval_windows": 8, "recovery_steps": 4, "teacher_steps": 4,
+    "task_items": 4, "new_tokens": 8, "draft_tokens": 8,
 }  # fmt: skip
 
 
