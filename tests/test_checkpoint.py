@@ -138,6 +138,16 @@ def test_an_unrelated_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"thesis", "note"}
 
 
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, other = pruned(UNIFORM), pruned(UNEVEN)
+    dependencies = discover(other)
+    family = dependencies.select("mlp_neuron")[0]
+    plan = PruningPlan.from_removal(dependencies, {family.name: [0]})
+    with pytest.raises(CheckpointError, match=r"plan leaves .* parameters, the model has"):
+        save_pruned(model, tmp_path / "saved", plan=plan)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_earlier_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
     save_pruned(pruned(UNEVEN), tmp_path / "saved", provenance={"run": 1})
     (tmp_path / "saved" / "left_over.txt").write_text("from the first run")

@@ -57,6 +57,34 @@ def test_parameters_on_several_devices_are_fine():
     assert [f.name for f in discover(model).families] == [f.name for f in discover(tiny("llama")).families]
 
 
+@pytest.mark.parametrize("way", ["offload", "dispatch"])
+def test_a_model_that_accelerate_spread_is_what_it_was(way):
+    from accelerate import cpu_offload, dispatch_model
+
+    model, families = tiny("llama"), [f.name for f in discover(tiny("llama")).families]
+    if way == "offload":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        model = dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    before = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(before).logits
+        assert [f.name for f in discover(model).families] == families
+        assert torch.equal(model(before).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("gpt2",), "wants a model .* not 'gpt2'"),
+        ((nn.Linear(2, 2), torch.ones(1, 2)), "keyword arguments .* not a Tensor"),
+    ],
+)
+def test_what_is_no_model_or_no_mapping_is_named(given, message):
+    with pytest.raises(TypeError, match=message):
+        discover(given[0], example_inputs=given[1] if len(given) > 1 else None)
+
+
 class Quantised(nn.Module):
     """Whole-number weights, unpacked in the forward: what most quantisers do."""
 

@@ -26,6 +26,7 @@ SHAPES = {
 
 def made(kind: str, shape: tuple[int, ...], attention: str) -> torch.nn.Module:
     width, kv, heads, size, layers, neurons, _ = shape
+    in_turn = {"layer_types": [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]}
     config = AutoConfig.for_model(
         kind,
         vocab_size=23,
@@ -37,7 +38,8 @@ def made(kind: str, shape: tuple[int, ...], attention: str) -> torch.nn.Module:
         intermediate_size=neurons,
         max_position_embeddings=64,
         pad_token_id=0,
-        sliding_window=3,
+        sliding_window=3,  # fewer than the tokens of all shapes but two
+        **(in_turn if kind == "gemma3_text" else {}),
     )
     torch.manual_seed(0)
     options = {"attn_implementation": attention, "dtype": torch.float64}

@@ -71,14 +71,15 @@ def save_pruned(
         The folder.
 
     Raises:
-        CheckpointError: the folder holds something else, the configuration cannot describe the
-            model, the weights are on the meta device, or the provenance is no JSON.
+        CheckpointError: the folder holds something else, the plan is another model's, the configuration
+            cannot describe the model, the weights are on the meta device, or the provenance is no JSON.
         OSError: the disk is full or not writable; what was there is still whole.
     """
     target = Path(directory).absolute()
     recover_interrupted(target)
     _check_target(target)
     check_saveable(model)
+    _check_plan(model, plan)
     document = provenance_of(model, plan, scores, provenance)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_new_name(target)}{os.getpid()}-"))
@@ -151,6 +152,15 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(
             f"cannot save into {target}: it holds files that are no checkpoint of this library ({found}); "
             "give a new or empty folder, or one that save_pruned wrote"
+        )
+
+
+def _check_plan(model: PreTrainedModel, plan: PruningPlan | None) -> None:
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if plan is not None and plan.params_after != found:
+        raise CheckpointError(
+            f"the plan leaves {plan.params_after:,} parameters, the model has {found:,}: it was not cut by this "
+            "plan. Give the plan that prune made it with, or none"
         )
 
 

@@ -115,7 +115,15 @@ def discover(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = Non
 
     Raises:
         DiscoveryError: the model cannot be run on the meta device, or is quantised.
+        TypeError: no module, or example inputs that are no mapping.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"discover wants a model (torch.nn.Module; load_model gives one), not {model!r:.80}")
+    if example_inputs is not None and not isinstance(example_inputs, Mapping):
+        raise TypeError(
+            "example_inputs are the keyword arguments of one forward call, such as {'input_ids': tokens}, "
+            f"not a {type(example_inputs).__name__}"
+        )
     refuse_quantised(model)
     skeleton = meta_copy(model)
     trace, labels = run(skeleton, example_inputs)
