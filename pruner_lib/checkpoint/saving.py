@@ -159,8 +159,8 @@ def _check_plan(model: PreTrainedModel, plan: PruningPlan | None) -> None:
     found = sum(parameter.numel() for parameter in model.parameters())
     if plan is not None and plan.params_after != found:
         raise CheckpointError(
-            f"the plan leaves {plan.params_after:,} parameters, the model has {found:,}: it was not cut by this "
-            "plan. Give the plan that prune made it with, or none"
+            f"the plan leaves {plan.params_after:,} parameters, the model has {found:,}: it was not cut by "
+            "this plan. Give the plan that prune made it with, or none"
         )
 
 

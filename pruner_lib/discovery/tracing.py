@@ -61,7 +61,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             getattr(module, hooks).clear()
-        if "_old_forward" in vars(module):  # accelerate's dispatch, which moves inputs and weights between devices
+        if "_old_forward" in vars(module):  # accelerate's, which moves inputs and weights between devices
             vars(module)["forward"] = vars(module).pop("_old_forward")
             vars(module).pop("_hf_hook", None)
     for module in copied.modules():  # layers of different widths hold configurations of their own
