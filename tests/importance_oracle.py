@@ -1,5 +1,7 @@
 """Tiny models, and importance by plain loops over stored full gradients and inputs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from zoo import CONFIGURATIONS
 
+from pruner_lib.importance import estimate_importance
+
+# The paper's criterion, where a test names no other: one backward pass, the path that holds least.
+first_order = partial(estimate_importance, criterion="taylor_first")
 VOCABULARY = 40
 # The quick ones differ in what importance sees: how layers are called, what computes a product.
 QUICK = ("llama", "gemma2", "gpt2", "falcon_new", "bloom", "opt", "mixtral", "deepseek_v3")

