@@ -129,8 +129,8 @@ def _inputs(
     matrices = {name: parameter for name, parameter in parameters.items() if parameter.ndim > 1}
     watch = InputWatch(matrices, [name for name in INPUTS if name in criterion.reads])
     # Without the head nothing needs the logits of every token, a fifth of the work in a small model.
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    reads_head = id(getattr(head, "weight", None)) in watch.names
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    reads_head = head is None or id(head) in watch.names
     bar, start = progress_bar(len(pieces), criterion.name, options.progress), 0
     with untouched(model), bar, share.together(), torch.no_grad():
         for piece in pieces:

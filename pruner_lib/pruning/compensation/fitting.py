@@ -110,8 +110,8 @@ def best_fit(
 ) -> Fit:
     """The fit whose λ is best on held-out tokens, or no change if none helps.
 
-    The error falls and then rises with λ, so the search walks from one λ downhill and stops where both
-    neighbours are worse: a fit of a wide reader takes longer than its statistics.
+    The search walks from one λ downhill and stops where neither neighbour is better, which is the best of all
+    where the error falls and then rises with λ. Each fit is a solve of the reader's width.
 
     Args:
         fit, held: sums over the tokens that are fitted on, and over the others.
@@ -120,21 +120,23 @@ def best_fit(
         start: where to begin, best what an alike reader chose; None begins in the middle.
     """
     before = held.error(weight, bias)
+    found = Fit(weight, bias, float("inf"), before, before)
     ordered = sorted(set(ridges))
-    tried: dict[int, Fit] = {}
+    errors = {-1: float("inf"), len(ordered): float("inf")}
 
     def at(place: int) -> float:
-        if not 0 <= place < len(ordered):
-            return float("inf")
-        if place not in tried:
+        nonlocal found
+        if place not in errors:
             fitted, moved = ridge_fit(fit, weight, bias, ordered[place])
-            tried[place] = Fit(fitted, moved, ordered[place], before, held.error(fitted, moved))
-        return tried[place].after
+            errors[place] = held.error(fitted, moved)
+            if errors[place] < found.after:  # only the best is held: a fit is as large as the weights
+                found = Fit(fitted, moved, ordered[place], before, errors[place])
+        return errors[place]
 
     place = ordered.index(start) if start in ordered else len(ordered) // 2
     while (best := min((place, place - 1, place + 1), key=at)) != place:
         place = best
-    return tried[place] if tried[place].after < before else Fit(weight, bias, float("inf"), before, before)
+    return found
 
 
 def mean_fit(fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | None) -> Fit:
