@@ -63,8 +63,8 @@ def estimate_importance(
         dependencies: what ``discover`` found in it.
         batches: token ids ``[N, L]`` from ``load_calibration``; None for criteria that need no text.
         criterion: random, l1, l2, taylor_vector, taylor_first, taylor_second, taylor_mixed, wanda,
-            fluctuation, activation, or your own. The default is among the two that grade best
-            against ablation (docs/importance/study.md); the paper's is taylor_first, which needs no pass per sequence.
+            fluctuation, activation, or your own. The default is among the two that grade best against
+            ablation (docs/importance/study.md); the paper's, taylor_first, needs no pass per sequence.
         reduction: sum, product, max, last (the slice that reads the group last) or mean.
         families: names or families to score; all that can be cut if None.
         include_vectors: whether norm weights and biases take part.
