@@ -10,6 +10,7 @@ from torch import nn
 from zoo import tiny
 
 from pruner_lib.discovery import DiscoveryError, discover
+from pruner_lib.discovery.summary import rows_of
 from pruner_lib.pruning import PruningError, PruningPlan, prune
 
 
@@ -102,6 +103,84 @@ class Quantised(nn.Module):
 def test_quantised_parameters_are_refused_with_the_way_out():
     with pytest.raises(DiscoveryError, match=r"packed.*int8.*Load the model unquantised"):
         discover(Quantised())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization:DeprecationWarning", "ignore:torch.quantize:UserWarning"
+)
+def test_torchs_own_quantisation_and_eight_bit_floats_are_named():
+    dynamic = torch.ao.quantization.quantize_dynamic(Twice(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(DiscoveryError, match=r"_packed_params is stored as qint8: this model is quantised"):
+        discover(dynamic)
+    eight = Twice()
+    eight.last.weight = nn.Parameter(eight.last.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(DiscoveryError, match=r"last.weight is stored as float8_e4m3fn.*unquantised"):
+        discover(eight)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon_new"])
+@pytest.mark.parametrize("first", ["input_ids", "attention_mask"])
+def test_a_mask_among_the_example_inputs_changes_nothing(name, first):
+    ids = torch.arange(8).reshape(2, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = discover(tiny(name), example_inputs=dict(sorted(inputs.items(), key=lambda i: i[0] != first)))
+    expected = discover(tiny(name))
+    assert [(f.name, f.size, f.blocked) for f in found.families] == [
+        (f.name, f.size, f.blocked) for f in expected.families
+    ]
+
+
+class Chooser(nn.Module):
+    """Each token keeps the two largest of its six neurons."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.embed = nn.Embedding(9, 8)
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        neurons = torch.relu(self.first(hidden))
+        largest, where = neurons.topk(2, dim=-1)
+        if self.way == "values":
+            neurons = torch.zeros_like(neurons).scatter(-1, where, largest)
+        else:
+            neurons = neurons * torch.zeros_like(neurons).scatter(-1, where, 1.0)
+        return self.head(hidden + self.second(neurons))
+
+
+@pytest.mark.parametrize("way", ["values", "mask"])
+def test_neurons_that_top_k_chooses_among_are_blocked(way):
+    found = discover(Chooser(way))
+    (neurons,) = [
+        f for f in found.families if any(s.parameter == "first.weight" and not s.dim for s in f.slices)
+    ]
+    assert neurons.kind == "mlp_neuron" and "compete or have an order (topk" in neurons.blocked
+
+
+class Unread(nn.Module):
+    """Has a second head for training, which the forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.spare = nn.Linear(5, 7)
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+
+def test_what_the_call_does_not_read_is_blocked():
+    found = discover(Unread())
+    spare = [f for f in found.families if any(s.parameter.startswith("spare") for s in f.slices)]
+    assert spare and all("does not read spare." in f.blocked for f in spare)
+    inputs = {"inputs_embeds": torch.randn(1, 4, 32), "use_cache": False}
+    found = discover(tiny("llama"), example_inputs=inputs)
+    embedding = [f for f in found.families if f.slices[0].parameter == "model.embed_tokens.weight"]
+    assert embedding and all("does not read model.embed_tokens.weight" in f.blocked for f in embedding)
+    assert {f.kind for f in found.select()} == {"attention_head", "query_head", "mlp_neuron"}
 
 
 def test_a_model_without_layers_has_its_width_only():
@@ -239,4 +318,4 @@ def test_families_and_maps_draw_themselves():
     found = discover(tiny("phi3"))
     assert found.family("layers.1.mlp_neuron").plot([0, 5]).axes
     assert found.plot().axes and found.plot("hidden_channel", 3).axes
-    assert found._repr_html_().count("<tr") == 1 + len(str(found).splitlines()) - 2
+    assert found._repr_html_().count("<tr") == 1 + len(rows_of(found.families))

@@ -31,11 +31,17 @@ def ours(model) -> DependencyMap:
     return discover(model)
 
 
-def theirs(model: nn.Module, layer: str, indices: list[int]) -> dict[tuple[str, int], set[int]]:
-    """Their group of some outputs of a layer: ``(parameter, dimension)`` to indices."""
-    graph = torch_pruning.DependencyGraph().build_dependency(
+def graph_of(model: nn.Module) -> torch_pruning.DependencyGraph:
+    return torch_pruning.DependencyGraph().build_dependency(
         model, example_inputs={"input_ids": torch.arange(5)[None]}, verbose=False
     )
+
+
+def theirs(
+    model: nn.Module, layer: str, indices: list[int], graph: torch_pruning.DependencyGraph | None = None
+) -> dict[tuple[str, int], set[int]]:
+    """Their group of some outputs of a layer: ``(parameter, dimension)`` to indices."""
+    graph = graph or graph_of(model)
     target = model.get_submodule(layer)
     embedding = isinstance(target, nn.Embedding)
     cut = torch_pruning.prune_embedding_out_channels if embedding else torch_pruning.prune_linear_out_channels
@@ -59,16 +65,19 @@ def group_of(dependencies: DependencyMap, family: str, group: int) -> dict[tuple
     return {(s.parameter, s.dim): set(s.index[group].tolist()) for s in found.slices}
 
 
-@pytest.mark.parametrize("neuron", [0, 3, 47])
-def test_neurons_agree(model, ours, neuron):
-    answer = theirs(model, "model.layers.0.mlp.gate_proj", [neuron])
-    assert answer == group_of(ours, "layers.0.mlp_neuron", neuron)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_all_neurons_agree(model, ours, layer):
+    graph = graph_of(model)
+    for neuron in range(48):
+        answer = theirs(model, f"model.layers.{layer}.mlp.gate_proj", [neuron], graph)
+        assert answer == group_of(ours, f"layers.{layer}.mlp_neuron", neuron)
 
 
-@pytest.mark.parametrize("channel", [0, 31])
-def test_residual_channels_agree(model, ours, channel):
-    answer = theirs(model, "model.embed_tokens", [channel])
-    assert answer == group_of(ours, "hidden_channel", channel)
+def test_all_residual_channels_agree(model, ours):
+    graph = graph_of(model)
+    for channel in range(32):
+        answer = theirs(model, "model.embed_tokens", [channel], graph)
+        assert answer == group_of(ours, "hidden_channel", channel)
 
 
 def test_value_and_output_projection_agree_on_a_head(model, ours):

@@ -105,6 +105,8 @@ def role_flags(trace: Trace) -> dict[str, np.ndarray]:
         heads = table[flags["batched"][table[:, 0]]]
         flags["batched"][heads[:, 1]] = True
         flags["slot"][heads[:, 2]] = True
+    # A router's scores choose what is looked up; channels that a matrix reads are neurons all the same.
+    flags["chosen"] &= ~flags["read"]
     return flags
 
 
@@ -306,6 +308,8 @@ def _family(reading: _Reading, rows: np.ndarray) -> _Made:
         floor *= len(np.unique(partition))
     if floor >= size and floor > 1:
         blocked = blocked or f"the router chooses {floor} of these {size} for every token"
+    if not any(piece.parameter in reading.used for piece in slices):
+        blocked = blocked or f"the call that was traced does not read {slices[0].parameter}"
     layer = layer_of({piece.parameter for piece in slices}, reading.layers)
     family = GroupFamily("", kind, layer, size, slices, blocked, (), partition, max(floor, 1))
     return _Made(family, found.leaf[rows], named, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .dependency_map import DependencyMap
 
 MOST_ROWS = 40
+WIDTH = 100  # of the printed table
 _HEAD = ("kind", "families", "groups", "layers")
 
 
@@ -87,11 +89,15 @@ def as_text(dependencies: DependencyMap) -> str:
     lines = [f"DependencyMap: {title(dependencies)}"]
     lines.append(f"  {_HEAD[0]:<15}{_HEAD[1]:>9}{_HEAD[2]:>9}  {_HEAD[3]}")
     for row in rows[:MOST_ROWS]:
-        line = f"  {row.kind:<15}{row.families:>9,}{row.size:>9,}  {row.layers:<8} {row.note}"
-        lines.append(line.rstrip())
+        cells = f"  {row.kind:<15}{row.families:>9,}{row.size:>9,}  {row.layers:<8} "
+        lines += textwrap.wrap(row.note, WIDTH, initial_indent=cells, subsequent_indent=" " * 46) or [
+            cells.rstrip()
+        ]
     if len(rows) > MOST_ROWS:
         lines.append(f"  … and {len(rows) - MOST_ROWS} more rows")
-    return "\n".join([*lines, *(f"  {line}" for line in without_rule(dependencies))])
+    for line in without_rule(dependencies):
+        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def as_html(dependencies: DependencyMap) -> str:

@@ -21,6 +21,7 @@ from .state import Dim, Info, Trace
 RULES: dict[Any, Callable] = {**rules_math.RULES, **rules_shape.RULES}
 aten = torch.ops.aten
 PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
+FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 NUMERIC = {getattr(aten, name + end) for name in ("add", "sub", "mul", "div", "pow") for end in ("", "_")}
 LOOKUPS = (aten.index, aten.index_select)
 SEQUENCE = 5  # tokens of the symbolic run; small, and rarely the size of anything else
@@ -32,15 +33,26 @@ class DiscoveryError(RuntimeError):
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Raise where weights are packed whole numbers: their rows and columns are not those of a matrix."""
-    kept = model.state_dict(keep_vars=True)
-    for name, tensor in kept.items():
-        packed = isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.dtype in PACKED
-        if packed and (isinstance(tensor, nn.Parameter) or tensor.dtype is not torch.uint8):
-            raise DiscoveryError(
-                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: this model is quantised. "
-                "Load the model unquantised (dtype='bfloat16' for example), prune it, quantise the result"
-            )
+    """Raise where weights are packed whole numbers or eight-bit floats, whose scales lie elsewhere.
+
+    torch's own quantisation keeps a tuple ``(weight, bias)`` in the state dict.
+    """
+    for name, kept in model.state_dict(keep_vars=True).items():
+        for tensor in kept if isinstance(kept, tuple) else (kept,):
+            if isinstance(tensor, torch.Tensor) and _is_quantised(tensor):
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise DiscoveryError(
+                    f"{name} is stored as {dtype}: this model is quantised. "
+                    "Load the model unquantised (dtype='bfloat16' for example), prune it, quantise the result"
+                )
+
+
+def _is_quantised(tensor: torch.Tensor) -> bool:
+    """A matrix whose rows and columns are not plain numbers; uint8 buffers are masks."""
+    if tensor.is_quantized:
+        return True
+    packed = tensor.dtype in PACKED and (isinstance(tensor, nn.Parameter) or tensor.dtype is not torch.uint8)
+    return tensor.dim() > 1 and (packed or tensor.dtype in FLOAT8)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -259,29 +271,49 @@ def module_paths(trace: Trace, model: nn.Module) -> Iterator[None]:
         trace.module = ""
 
 
-def default_inputs(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+def default_inputs(model: nn.Module) -> list[dict[str, Any]]:
     """Ways to call a decoder without data-dependent branches, most explicit first."""
-    ids = torch.zeros((1, SEQUENCE), dtype=torch.long, device="meta")
     accepts = inspect.signature(model.forward).parameters
+    key = "input_ids" if "input_ids" in accepts else next(iter(accepts), "input_ids")
+    given = {key: _meta(torch.long, 1, SEQUENCE)}
+    if "attention_mask" in accepts:
+        given["attention_mask"] = _meta(torch.long, 1, SEQUENCE)
+    return _spelled_out(model, given)
+
+
+def given_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The caller's inputs as they are, then with what transformers would work out from their values."""
+    given = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    return [given, *_spelled_out(model, given)]
+
+
+def _spelled_out(model: nn.Module, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The inputs with positions and mask written out, which leaves nothing to be read off values.
+
+    What is coupled depends on neither. A mask of ones and zeros is replaced, any other is kept.
+    """
+    accepts = inspect.signature(model.forward).parameters
+    first = next((v for v in given.values() if isinstance(v, torch.Tensor) and v.dim() > 1), None)
+    if first is None:
+        return [dict(given)]
+    length = first.shape[1]
     extra: dict[str, Any] = {}
     if "use_cache" in accepts or hasattr(model, "config"):
         extra["use_cache"] = False
+    if "position_ids" in accepts:
+        extra["position_ids"] = _meta(torch.long, 1, length)
+    full = {**{k: v for k, v in extra.items() if k in accepts}, **given}
+    mask = full.get("attention_mask")
+    if "attention_mask" not in accepts or (isinstance(mask, torch.Tensor) and mask.dim() > 2):
+        return [full]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    square = torch.zeros((1, 1, SEQUENCE, SEQUENCE), dtype=dtype, device="meta")
-    flat = torch.ones((1, SEQUENCE), dtype=torch.long, device="meta")
-    first = next(iter(accepts), "input_ids")
-    key = "input_ids" if "input_ids" in accepts else first
-    ways: list[dict[str, Any]] = []
-    for mask in (square, flat, None):
-        way: dict[str, Any] = {key: ids, **{k: v for k, v in extra.items() if k in accepts}}
-        if mask is not None and "attention_mask" not in accepts:
-            continue
-        if mask is not None:
-            way["attention_mask"] = mask
-        if "position_ids" in accepts:
-            way["position_ids"] = torch.zeros((1, SEQUENCE), dtype=torch.long, device="meta")
-        ways.append(way)
-    return ways
+    without = {k: v for k, v in full.items() if k != "attention_mask"}
+    square = {**full, "attention_mask": _meta(dtype, 1, 1, length, length)}
+    return [square, without] if mask is None else [square, full, without]
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device="meta")
 
 
 def run(
@@ -302,15 +334,15 @@ def run(
     Returns:
         ``(trace, labels)``: the trace and, per parameter or buffer, the labels of its dimensions.
     """
-    ways = [_on_meta(example_inputs)] if example_inputs is not None else default_inputs(model)
+    ways = default_inputs(model) if example_inputs is None else given_inputs(model, example_inputs)
     failures = []
     for way in ways:
         trace = Trace(equations=[] if log else None)
         labels = label_parameters(trace, model)
-        for value in way.values():
+        first = "input_ids" if "input_ids" in way else next(iter(way), "")
+        for key, value in way.items():
             if isinstance(value, torch.Tensor):
-                integer = not value.is_floating_point()
-                tokens = integer and value is next(iter(way.values()))
+                tokens = key == first and not value.is_floating_point()
                 trace.set(value, Info([None] * value.dim(), from_tokens=tokens))
         try:
             with (
@@ -333,14 +365,10 @@ def run(
         return trace, labels
     raise DiscoveryError(
         f"{type(model).__name__} could not be run on the meta device, so its couplings are unknown. Tried "
-        + "; ".join(line[:300] for line in failures)
+        + "; ".join(line[:300] for line in dict.fromkeys(failures))
         + ". Pass example_inputs={name: tensor} with the inputs of one forward call; a model whose forward "
         "branches on values of its data cannot be discovered."
     )
-
-
-def _on_meta(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
 def _outputs(out: Any) -> list[torch.Tensor]:
