@@ -135,6 +135,33 @@ def test_killed_at_every_step_the_old_or_the_new_checkpoint_is_whole(tmp_path: P
     assert left == ["saved"], "half-written folders of killed programs are removed by the next save"
 
 
+FIRST = (
+    PREAMBLE
+    + """
+import shutil
+step, outcome = 0, "killed"
+while outcome != "done":
+    outcome, step = attempt(lambda: save_until(1, step)), step + 1
+    there = target.exists()
+    outcomes.append((outcome, found() if there else 0))
+    if there:
+        shutil.rmtree(target)
+save(1)
+print(json.dumps([outcomes, sorted(path.name for path in place.iterdir())]))
+"""
+)
+
+
+def test_killed_at_every_step_of_the_first_save_there_is_nothing_or_a_whole_checkpoint(
+    tmp_path: Path,
+) -> None:
+    outcomes, left = run(FIRST, str(tmp_path))
+    assert [outcome for outcome, _ in outcomes] == ["killed"] * (len(outcomes) - 1) + ["done"]
+    found = [number for _, number in outcomes]
+    assert found == sorted(found) and found.count(0) > 30 and found[-1] == 1
+    assert left == ["saved"], "half-written folders of killed programs are removed by the next save"
+
+
 FULL_DISK = (
     PREAMBLE
     + """

@@ -29,6 +29,14 @@ def folder(tmp_path: Path) -> Path:
     return save_pruned(pruned(UNIFORM), tmp_path / "saved")
 
 
+def assert_refused(folder: Path, match: str, **options: bool) -> None:
+    """Not opened, and nothing in the folder or beside it is touched."""
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=match):
+        load_pruned(folder, **options)
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_pruned(tmp_path / "nowhere")
@@ -37,8 +45,7 @@ def test_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "state.pkl"])
 def test_pickles_are_never_opened(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"not even a pickle")
-    with pytest.raises(CheckpointError, match="pickled files"):
-        load_pruned(folder)
+    assert_refused(folder, match="pickled files")
 
 
 FILES = ["config.json", "model.safetensors", "generation_config.json"]
@@ -47,8 +54,7 @@ FILES = ["config.json", "model.safetensors", "generation_config.json"]
 @pytest.mark.parametrize("name", [*FILES, "provenance.json"])
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        load_pruned(folder)
+    assert_refused(folder, match="missing")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -56,8 +62,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 def test_a_truncated_file(folder: Path, name: str, length: int) -> None:
     data = (folder / name).read_bytes().rstrip()
     (folder / name).write_bytes(data[:length])
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_pruned(folder)
+    assert_refused(folder, match="damaged")
 
 
 def test_a_wrong_shape(folder: Path) -> None:
@@ -65,8 +70,7 @@ def test_a_wrong_shape(folder: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     signed_again(folder)
-    with pytest.raises(CheckpointError, match=r"up_proj"):
-        load_pruned(folder)
+    assert_refused(folder, match=r"up_proj")
 
 
 @pytest.mark.parametrize(("change", "words"), [("drop", "lacks the weights"), ("add", "no place for")])
@@ -78,8 +82,7 @@ def test_weights_that_are_missing_or_too_many(folder: Path, change: str, words: 
         weights["model.layers.1.mlp.side_proj.weight"] = torch.zeros(3)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     signed_again(folder)
-    with pytest.raises(CheckpointError, match=words):
-        load_pruned(folder)
+    assert_refused(folder, match=words)
 
 
 def test_an_altered_width(folder: Path) -> None:
@@ -87,8 +90,7 @@ def test_an_altered_width(folder: Path) -> None:
     config["intermediate_size"] += 1
     (folder / "config.json").write_text(json.dumps(config))
     signed_again(folder)
-    with pytest.raises(CheckpointError, match="mlp"):
-        load_pruned(folder)
+    assert_refused(folder, match="mlp")
 
 
 def changed(path: Path) -> None:
@@ -101,8 +103,7 @@ def changed(path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_an_altered_file_is_found_by_its_checksum(folder: Path, name: str) -> None:
     changed(folder / name)
-    with pytest.raises(CheckpointError, match=rf"{name}.*altered"):
-        load_pruned(folder)
+    assert_refused(folder, match=rf"{name}.*altered")
 
 
 def test_without_verification_sizes_alone_are_compared(folder: Path) -> None:
@@ -110,15 +111,13 @@ def test_without_verification_sizes_alone_are_compared(folder: Path) -> None:
     assert load_pruned(folder, verify=False).lm_head.out_features == 64
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b" ")
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_pruned(folder, verify=False)
+    assert_refused(folder, match="damaged", verify=False)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"format": "pruner_lib.checkpoint", "files": {"../x": {}}}'])
 def test_a_record_that_is_none(folder: Path, text: str) -> None:
     (folder / "provenance.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"provenance\.json is damaged"):
-        load_pruned(folder)
+    assert_refused(folder, match=r"provenance\.json is damaged")
 
 
 def test_the_card_may_be_edited_and_files_added(folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import one_each
 from test_checkpoint import tiny as make
 from torch import nn
 from zoo import CONFIGURATIONS, tiny
@@ -32,6 +33,9 @@ SAYS = {
 }
 SAYS_NOTHING = ("bloom", "mpt")  # the MLP is four times the residual width, by their code
 VARYING = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "olmo2")
+# What is less often cut, where the configuration states it.
+RARER = (("llama", "query_head"), ("qwen3", "query_head"), ("mixtral", "expert"))
+SHORTER = ("llama", "gemma2")  # without a whole layer
 TOKENS = torch.arange(3, 15).reshape(2, 6)
 
 OPEN = """
@@ -106,8 +110,8 @@ def save_and_open(place: Path, names: Iterable[str], *, others: bool) -> Saved:
     """
     result = Saved()
 
-    def keep(folder: str, model: nn.Module, chosen: dict) -> None:
-        pruned = prune(model, PruningPlan.from_removal(discover(model), chosen))
+    def keep(folder: str, model: nn.Module, chosen: dict, dropped: tuple[str, ...] = ()) -> None:
+        pruned = prune(model, PruningPlan.from_removal(discover(model), chosen, dropped=dropped))
         save_pruned(pruned, place / folder)
         result.before[folder] = logits(pruned)
 
@@ -117,6 +121,12 @@ def save_and_open(place: Path, names: Iterable[str], *, others: bool) -> Saved:
         keep(f"{name}-uniform", model, removal(dependencies, SAYS[name], None))
         if name in VARYING:
             keep(f"{name}-varying", model, removal(dependencies, SAYS[name][:2], (0,)))
+    for name, kind in RARER if not others else ():
+        model = tiny(name, torch.float32)
+        chosen = {family.name: one_each(family) for family in discover(model).select(kind=kind)}
+        keep(f"{name}-{kind}", model, chosen)
+    for name in SHORTER if not others else ():
+        keep(f"{name}-depth", tiny(name, torch.float32), {}, ("layers.0",))
     for name in sorted(set(CONFIGURATIONS) - {*SAYS, *SAYS_NOTHING}) if others else ():
         model = tiny(name, torch.float32)
         # Four at a time: torch multiplies experts only where a row takes a multiple of 16 bytes.
@@ -149,22 +159,26 @@ def rest(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return save_and_open(tmp_path_factory.mktemp("rest"), names, others=True)
 
 
-def check_uniform(saved: Saved, name: str) -> None:
+def check_plain(saved: Saved, folder: str) -> None:
     assert not saved.library_seen
-    folder = f"{name}-uniform"
     assert folder not in saved.refused, saved.refused.get(folder)
     assert torch.equal(saved.plain[folder], saved.before[folder])
 
 
 @pytest.mark.parametrize("name", VARYING)
 def test_a_uniform_plan_opens_where_the_library_was_never_imported(saved: Saved, name: str) -> None:
-    check_uniform(saved, name)
+    check_plain(saved, f"{name}-uniform")
+
+
+@pytest.mark.parametrize("folder", [*("-".join(case) for case in RARER), *(f"{n}-depth" for n in SHORTER)])
+def test_query_heads_experts_and_layers_less_open_so(saved: Saved, folder: str) -> None:
+    check_plain(saved, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SAYS if name not in VARYING])
 def test_a_uniform_plan_of_every_other_architecture_opens_so(rest: Saved, name: str) -> None:
-    check_uniform(rest, name)
+    check_plain(rest, f"{name}-uniform")
 
 
 @pytest.mark.parametrize("name", VARYING)

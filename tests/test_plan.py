@@ -100,6 +100,7 @@ def test_removal_is_sorted_unique_and_fixed(dependencies):
         ({"layers.1.mlp_neuron": [10]}, ValueError, r"no group 10: it has 10 groups, counted from 0 to 9"),
         ({"layers.1.mlp_neuron": [-1]}, ValueError, r"no group -1"),
         ({"layers.1.mlp_neuron": range(10)}, ValueError, r"all 10 groups would go"),
+        ({"layers.1.attention_head": range(3)}, ValueError, r"all 3 groups would go"),
         ({"layers.1.mlp_neuron": [0.5]}, ValueError, r"whole numbers"),
         ({"layers.1.mlp_neuron": 3}, ValueError, r"whole numbers"),
         ({"vocabulary": [3]}, ValueError, r"vocabulary cannot be cut: the tokenizer"),

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planning import dependencies_of, scores_for
+from zoo import tiny
 
+from pruner_lib.discovery import discover
 from pruner_lib.pruning import GlobalRanking, plan_pruning
 from pruner_lib.pruning.costs import cost_terms
 
@@ -20,6 +22,11 @@ MEASURES = {
     "target_macs": TERMS.macs(1, 64),
     "target_bytes": TERMS.weight_bytes,
 }
+
+
+def measures_of(dependencies):
+    terms = cost_terms(dependencies)
+    return dict(zip(MEASURES, (terms.params, terms.macs(1, 64), terms.weight_bytes), strict=True))
 
 
 def measured(plan, target):
@@ -61,6 +68,25 @@ def test_a_target_is_met_to_within_one_group(share, target, kinds, scope):
 
 @pytest.mark.parametrize("target", MEASURES)
 @pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mixtral", "expert"), ("bloom", "qk_channel"), ("deepseek_v3", "latent_channel"),
+     ("deepseek_v3", "value_channel")],
+)  # fmt: skip
+def test_so_is_a_target_for_what_is_less_often_cut(name, kind, target, scope):
+    dependencies = discover(tiny(name))
+    families = dependencies.select(kind=kind)
+    cost = measures_of(dependencies)[target]
+    least = {f.name: [0] for f in families if f.size > 1}
+    wanted = int(cost({}) - 0.4 * (cost({}) - cost(least)) * (families[0].size - 1))
+    plan = plan_pruning(dependencies, scores_for(dependencies), **{target: wanted}, kinds=kind, scope=scope)
+    found = cost(plan.removal)
+    assert {dependencies.family(n).kind for n in plan.removal} == {kind}
+    assert wanted - max(cost({}) - cost({n: [0]}) for n in least) < found <= wanted
+
+
+@pytest.mark.parametrize("target", MEASURES)
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_a_target_above_one_is_a_count(target, scope):
     dense = MEASURES[target]({})
     by_count = plan_pruning(DEPENDENCIES, SCORES, **{target: dense * 0.8}, scope=scope)
@@ -81,7 +107,6 @@ def test_a_uniform_plan_has_one_width_per_kind(scope, options):
 def test_a_uniform_plan_opens_without_per_layer_configuration():
     from test_surgery import tiny
 
-    from pruner_lib.discovery import discover
     from pruner_lib.pruning import prune
 
     model = tiny("llama")
@@ -183,7 +208,6 @@ def test_refusals(options, message):
 
 
 def test_uniform_wants_equal_sizes():
-    from pruner_lib.discovery import discover
     from pruner_lib.pruning import PruningPlan, prune
 
     model = DEPENDENCIES._model

@@ -130,10 +130,12 @@ def held_while(make):
 
 
 @pytest.mark.parametrize("dropped", [[], ["layers.0", "layers.3", "layers.4", "layers.5.mlp"]])
-def test_beside_the_given_model_a_cut_holds_the_new_one_and_a_matrix(dropped):
+@pytest.mark.parametrize("channels", [[], [0, 3]], ids=["neurons", "neurons and width"])
+def test_beside_the_given_model_a_cut_holds_the_new_one_and_a_matrix(dropped, channels):
     model = tiny("llama", **SIX, hidden_size=64, intermediate_size=1024)
     dependencies = discover(model)
     removal = {f"layers.{i}.mlp_neuron": range(0, 1024, 4) for i in range(6)}
+    removal["hidden_channel"] = channels
     plan = PruningPlan.from_removal(dependencies, removal, dropped=dropped)
     peak, cut = held_while(lambda: prune(model, plan))
     size = sum(p.numel() * p.element_size() for p in cut.parameters())
@@ -141,3 +143,19 @@ def test_beside_the_given_model_a_cut_holds_the_new_one_and_a_matrix(dropped):
     assert size <= peak < size + 2 * matrix, (peak, size)
     given = {p.data_ptr() for p in model.parameters()}
     assert not given & {p.data_ptr() for p in cut.parameters()}
+
+
+def test_kinds_that_are_cut_in_turn_hold_no_model_between():
+    """Heads and neurons of Phi-3 go one after the other, but only the last model has weights."""
+    model = tiny("phi3", **SIX, hidden_size=64, intermediate_size=1024)
+    dependencies = discover(model)
+    removal = {f"layers.{i}.mlp_neuron": range(0, 1024, 4) for i in range(6)}
+    removal |= {f"layers.{i}.attention_head": [0] for i in (1, 4)}
+    plan = PruningPlan.from_removal(dependencies, removal)
+    peak, cut = held_while(lambda: prune(model, plan))
+    size = sum(p.numel() * p.element_size() for p in cut.parameters())
+    assert size <= peak < size + 4 * 64 * 1024 * 8, (peak, size)
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        zeroed = dependencies.zero(model, removal)(tokens).logits
+        assert torch.allclose(cut(tokens).logits, zeroed, atol=1e-9)

@@ -69,7 +69,8 @@ def drop_in_place(model: nn.Module, modules: Mapping[str, str]) -> nn.Module:
 
 def _probe(model: nn.Module, skip: Mapping[str, str]) -> torch.Tensor | None:
     """Logits of a few tokens with units skipped; None where there are no weights or no way to run."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    gone = tuple(f"{path}." for path in skip.values())
+    if any(parameter.is_meta for name, parameter in model.named_parameters() if not name.startswith(gone)):
         return None
     layers = [path for unit, path in skip.items() if unit.count(".") == 1]
     rest = [path for path in skip.values() if path not in layers]

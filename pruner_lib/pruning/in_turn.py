@@ -36,7 +36,7 @@ def prune_in_turn(
     """Cut kind by kind: each step looks for few sizes, where all at once would be too many to try together.
 
     Args:
-        model: left as it is.
+        model: left as it is; its values are not read.
         plan: cuts families of several kinds.
         cut: ``prune``.
 
@@ -45,7 +45,8 @@ def prune_in_turn(
     """
     pruned, done = model, PruningPlan.from_removal(plan.dependencies, {})
     for names in kinds_in_turn(plan):
-        here = plan.dependencies if pruned is model else discover(pruned)
+        inputs = plan.dependencies._inputs
+        here = plan.dependencies if pruned is model else discover(pruned, example_inputs=inputs)
         removal = _said_in(here, plan, names, done)
         try:
             step = PruningPlan.from_removal(here, removal)

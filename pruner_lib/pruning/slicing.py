@@ -24,7 +24,9 @@ _SHAPE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
 SHAPE_NAMES = frozenset({"normalized_shape", *(name for _, names in _SHAPE_ATTRIBUTES for name in names)})
 
 
-def sliced_copy(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = ()) -> nn.Module:
+def sliced_copy(
+    model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = (), described: nn.Module | None = None
+) -> nn.Module:
     """A deep copy whose parameters and buffers hold only what ``plan`` keeps.
 
     Tensors are sliced on their way into the copy, so memory peaks at the two models. Tied
@@ -33,45 +35,44 @@ def sliced_copy(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = (
     Args:
         model: left as it is.
         plan: made for this model.
-        spared: paths of modules that the caller takes out of the copy next. What the plan leaves whole in
-            them is the given model's own, not a copy.
+        spared: paths of modules that the caller takes out of the copy next: what belongs to them alone is
+            empty there, on the meta device.
+        described: the same model already cut, without values; its modules are copied instead.
 
     Returns:
-        The copy. Its modules still believe the old head counts; its ``in_features`` and the like
-        are right.
+        The copy. Its modules still believe the old head counts, unless ``described`` knows better; its
+        ``in_features`` and the like are right.
     """
-    memo: dict[int, object] = {id(tensor): tensor for tensor in _whole_inside(model, plan, spared)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in memo:
+    source = model if described is None else described
+    into = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    shapes, left_out = plan.new_shapes(), _alone_inside(model, spared)
+    memo: dict[int, object] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(into[name]) in memo:
             continue
-        value = nn.Parameter(_sliced(parameter.detach(), name, plan), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = value
-    for name, buffer in model.named_buffers():
-        if id(buffer) not in memo:
-            memo[id(buffer)] = _sliced(buffer.detach(), name, plan)
-    pruned = copy.deepcopy(model, memo)
+        if id(tensor) in left_out:
+            value = tensor.new_empty(shapes.get(name, tensor.shape), device="meta")
+        else:
+            value = _sliced(tensor.detach(), name, plan)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(into[name])] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+    pruned = copy.deepcopy(source, memo)
     follow_shapes(pruned)
     return pruned
 
 
-def _whole_inside(model: nn.Module, plan: PruningPlan, paths: tuple[str, ...]) -> list[torch.Tensor]:
-    """Tensors that lie in those modules alone, tied to nothing outside, and lose nothing."""
+def _alone_inside(model: nn.Module, paths: tuple[str, ...]) -> set[int]:
+    """Identities of the tensors that lie in those modules alone, tied to nothing outside."""
     inside = tuple(f"{path}." for path in paths)
     if not inside:
-        return []
+        return set()
     places: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ):
         places.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
-    return [
-        tensors[key]
-        for key, names in places.items()
-        if all(name.startswith(inside) and not plan.removed_indices(name) for name in names)
-    ]
+    return {key for key, names in places.items() if all(name.startswith(inside) for name in names)}
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -74,8 +74,9 @@ def _cut(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = ()) -> n
         pruned = sliced_copy(model, plan, spared)
         follow_blueprint(pruned, *(blueprint.model for blueprint in blueprints))
         return pruned
-    if len(kinds_in_turn(plan)) > 1:
-        return prune_in_turn(model, plan, _cut)
+    if len(kinds_in_turn(plan)) > 1:  # on a model without values, so that no step's weights are held
+        described = prune_in_turn(meta_copy(model), plan, _cut)
+        return sliced_copy(model, plan, spared, described)
     num_layers = plan.dependencies.num_layers
     assignment = _search_attributes(model, plan)
     pruned = sliced_copy(model, plan, spared)
