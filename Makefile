@@ -63,7 +63,7 @@ test: assets
 	"$(BIN)/python" -m pytest -m "real_model and not slow"
 	"$(BIN)/python" -m pytest -m browser tests/browser
 ifneq ($(NOTEBOOKS),)
-	"$(BIN)/python" -m pytest --nbval --nbval-current-env notebooks
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --nbval --nbval-current-env -n 2 --dist loadfile notebooks
 endif
 
 exhaustive: assets

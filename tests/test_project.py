@@ -110,7 +110,7 @@ def test_make_test_runs_pytest_and_strict_nbval():
     assert '-m pytest -m "not slow and not real_model and not browser"' in recipe
     assert '-m pytest -m "real_model and not slow"\n' in recipe
     assert "-m pytest -m browser tests/browser\n" in recipe
-    assert "-m pytest --nbval --nbval-current-env notebooks" in recipe
+    assert "-m pytest --nbval --nbval-current-env -n 2 --dist loadfile notebooks" in recipe
     assert "--nbval-lax" not in makefile
 
 
