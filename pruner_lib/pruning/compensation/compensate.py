@@ -148,8 +148,8 @@ def compensate(
     stream already lacks there. λ is chosen on held-out sequences for each reader, no change being one of the
     choices; and if the whole model is not better on those, it stays as cut.
 
-    Memory: both models, two hidden states per token, the outputs of one layer's readers and one reader's
-    sums ``[in, in]``.
+    Memory beside the two models: the fitted copy, two hidden states per token, the outputs of one layer's
+    readers and one reader's sums ``[in, in]``.
 
     Args:
         model: the dense model; unchanged.
