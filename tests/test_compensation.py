@@ -259,8 +259,9 @@ class TestBadInput:
         model, cut, plan, batches = case
         with pytest.warns(
             UserWarning, match=r"calibration tokens for \d+ channels.*takes at least \d+, a good one"
-        ):
+        ) as told:
             found = compensate(model, cut, plan, batches[:2, :4])
+        assert len([one for one in told if "calibration tokens for" in str(one.message)]) == 1
         assert all(torch.isfinite(p).all() for p in found.model.parameters())
         assert all(reader.after <= reader.before for reader in found.readers)
 

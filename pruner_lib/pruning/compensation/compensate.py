@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -197,6 +198,16 @@ def _even_size(fitted: int, held: int, most: int) -> int:
     return even if 8 * even >= most else most
 
 
+def _too_few(tokens: int, thin: Mapping[str, int]) -> str:
+    """One sentence on the readers (path to channels) that have too little text."""
+    worst = max(thin, key=thin.__getitem__)
+    others = f" and {len(thin) - 1} more readers" if len(thin) > 1 else ""
+    return (
+        f"{tokens:,} calibration tokens for {thin[worst]:,} channels of {worst}{others}: a fit takes at "
+        f"least {_TOKENS_PER_CHANNEL * thin[worst]:,}, a good one ten times as many. They stay near the old"
+    )
+
+
 class _Run:
     """One pass over the layers."""
 
@@ -211,6 +222,8 @@ class _Run:
         self.path, self.count = layer_list(model)
         self.dense, self.pruned = Stream(model, pieces), Stream(fitted, pieces)
         self.found: list[FittedReader] = []
+        self.thin: dict[str, int] = {}  # readers of more channels than the text can fit
+        self.tokens = cut * batches.shape[1]
 
     def readers(self) -> tuple[tuple[FittedReader, ...], tuple[str, ...]]:
         """Fit all, and say which could not be."""
@@ -220,6 +233,8 @@ class _Run:
                 self._layer(layer)
                 bar.update()
         left = left_as_cut(self.plan, {reader.weight for reader in self.found})
+        if self.thin:
+            warnings.warn(_too_few(self.tokens, self.thin), stacklevel=3)
         return tuple(self.found), tuple(left)
 
     def _layer(self, layer: int) -> None:
@@ -282,13 +297,8 @@ class _Layer:
                 f"compensation: what {reader.weight} reads or should return is NaN or infinite on the "
                 "calibration text. Nothing was changed. Try float32 or bfloat16 weights"
             )
-        needed = _TOKENS_PER_CHANNEL * weight.shape[1]
-        if run.settings.method == "ridge" and sums[0].tokens < needed:
-            warnings.warn(
-                f"{sums[0].tokens} calibration tokens for {weight.shape[1]} channels of {reader.weight}: a "
-                f"fit takes at least {needed}, a good one ten times as many. They stay near the old",
-                stacklevel=2,
-            )
+        if run.settings.method == "ridge" and sums[0].tokens < _TOKENS_PER_CHANNEL * weight.shape[1]:
+            run.thin[reader.weight] = weight.shape[1]
         found = self._solve(reader, sums[0], sums[1], weight, bias)
         set_matrix(module, found.weight, found.bias)
         run.found.append(FittedReader(reader.weight, found.ridge, found.before, found.after, weight.shape[1]))
