@@ -103,8 +103,8 @@ class CriteriaExplorer(Panel):
         """The scores of one side, estimated now where nobody did before."""
         if key not in self._scores:
             if self._estimate is None:
-                raise ValueError(f"{' × '.join(key)} was not scored, and no estimate=… was given to score it")
-            self.say(f"Scoring {escape(' × '.join(key))} …")
+                raise ValueError(f"{_said(key)} was not scored, and no estimate=… was given to score it")
+            self.say(f"Scoring {escape(_said(key))} …")
             self._scores[key] = self._estimate(*key)
         return self._scores[key]
 
@@ -112,7 +112,7 @@ class CriteriaExplorer(Panel):
         keys = self.first.value, self.second.value
         pair = self.scores(keys[0]), self.scores(keys[1])
         family, ratio = self.family.value, self.ratio.value
-        names = " × ".join(keys[0]), " × ".join(keys[1])
+        names = _said(keys[0]), _said(keys[1])
         line = describe_ranks(*pair, family, ratio=ratio, names=names)
         rows = [
             [f"<b>{escape(name)}</b>", _lowest(scores, family), *self._graded(scores, family)]
@@ -148,6 +148,10 @@ def _by_key(scores: Mapping[str, ImportanceScores]) -> dict[Key, ImportanceScore
     keys = {name: _key(name, values) for name, values in scores.items()}
     counts = list(keys.values())
     return {(name, *key[1:]) if counts.count(key) > 1 else key: scores[name] for name, key in keys.items()}
+
+
+def _said(key: Key) -> str:
+    return " × ".join(part for part in key if part != NONE)
 
 
 def _key(name: str, scores: ImportanceScores) -> Key:
