@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,14 @@ def test_the_table_of_eighty_layers_is_that_of_two():
 
     assert len(lines(80)) == len(lines(2)) <= 24
     assert "0–79" in "".join(lines(80))
+
+
+def test_many_runs_of_layers_wrap_too():
+    families = [
+        replace(f, layer=2 * k) for k, f in enumerate(discover(tiny("llama")).select("mlp_neuron") * 20)
+    ]
+    lines = str(replace(discover(tiny("llama")), families=tuple(families))).splitlines()
+    assert max(map(len, lines)) <= 100 and "76, 78" in lines[-1]
 
 
 def stripes(family, groups) -> list[list[tuple[float, float, float]]]:

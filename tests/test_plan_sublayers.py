@@ -105,6 +105,7 @@ def test_one_width_in_every_layer_that_has_it_still_needs_the_library(tmp_path):
 
 def test_every_mlp_gone(tmp_path):
     model = thinner(dropped=[f"layers.{i}.mlp" for i in range(3)])
+    assert not any(".mlp." in name for name, _ in model.named_parameters())
     same(opened(model, tmp_path / "thin"), model)
     left = prune_layers(model, [0, 1])
     same(opened(left, tmp_path / "left"), left)

@@ -89,10 +89,9 @@ def as_text(dependencies: DependencyMap) -> str:
     lines = [f"DependencyMap: {title(dependencies)}"]
     lines.append(f"  {_HEAD[0]:<15}{_HEAD[1]:>9}{_HEAD[2]:>9}  {_HEAD[3]}")
     for row in rows[:MOST_ROWS]:
-        cells = f"  {row.kind:<15}{row.families:>9,}{row.size:>9,}  {row.layers:<8} "
-        lines += textwrap.wrap(row.note, WIDTH, initial_indent=cells, subsequent_indent=" " * 46) or [
-            cells.rstrip()
-        ]
+        cells = f"  {row.kind:<15}{row.families:>9,}{row.size:>9,}  "
+        rest = f"{row.layers:<8} {row.note}".rstrip()
+        lines += textwrap.wrap(rest, WIDTH, initial_indent=cells, subsequent_indent=" " * (len(cells) + 9))
     if len(rows) > MOST_ROWS:
         lines.append(f"  … and {len(rows) - MOST_ROWS} more rows")
     for line in without_rule(dependencies):

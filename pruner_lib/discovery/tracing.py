@@ -297,11 +297,7 @@ def _spelled_out(model: nn.Module, given: Mapping[str, Any]) -> list[dict[str, A
     if first is None:
         return [dict(given)]
     length = first.shape[1]
-    extra: dict[str, Any] = {}
-    if "use_cache" in accepts or hasattr(model, "config"):
-        extra["use_cache"] = False
-    if "position_ids" in accepts:
-        extra["position_ids"] = _meta(torch.long, 1, length)
+    extra = {"use_cache": False, "position_ids": _meta(torch.long, 1, length)}
     full = {**{k: v for k, v in extra.items() if k in accepts}, **given}
     mask = full.get("attention_mask")
     if "attention_mask" not in accepts or (isinstance(mask, torch.Tensor) and mask.dim() > 2):
