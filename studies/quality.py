@@ -4,7 +4,7 @@ SmolLM2 at 10, 20, 30 and 50 % fewer parameters: criteria × scope × compensati
 three calibration seeds, calibration and test text of one kind and of two. Perplexity of windows of 128 and
 of 1024 tokens.
 
-Every case leaves one JSON file in the output folder, and none is run twice: stop it and start it again as
+Results are kept in one file that is committed, and no case is run twice: stop it and start it again as
 you like. The page is written after every case.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import Records
 
 import pruner_lib as pl
 from pruner_lib.assets.files import write_whole
@@ -109,13 +109,16 @@ def cases() -> list[Case]:
 class Study:
     """What to run it with; see the command's options."""
 
-    output: Path
+    records: Path
     page: Path
     model: str = pl.DEFAULT_MODEL
     device: str | None = None
     windows: int = 512
     test_tokens: int = 65536
-    only: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        return {"model": self.model, "windows": self.windows, "test_tokens": self.test_tokens}
 
 
 class Bench:
@@ -259,35 +262,40 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
     write_whole(study.page, "\n\n".join(page) + "\n")
 
 
-def run(study: Study) -> list[dict[str, Any]]:
+def run(study: Study, only: str = "", most: int | None = None) -> list[dict[str, Any]]:
     """Every case that has not been run, in order; the page after each."""
-    study.output.mkdir(parents=True, exist_ok=True)
-    bench, records = Bench(study), []
-    wanted = cases()[: study.only]
+    records, bench = Records(study.records, study.settings()), Bench(study)
+    wanted = [case for case in cases()[:most] if only in case.name]
     for number, case in enumerate(wanted, start=1):
-        file = study.output / f"{case.name.replace(' ', '').replace('%', '')}.json"
-        if not file.is_file():
-            print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
-            record = run_case(bench, case)
-            write_whole(file, json.dumps(record) + "\n")
-            print(f"  {record['perplexity']}", flush=True)
-        records.append(json.loads(file.read_text(encoding="utf-8")))
-        write_page(study, records)
-    return records
+        if case.name in records:
+            continue
+        print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
+        records.add(case.name, run_case(bench, case))
+        print(f"  {records[case.name]['perplexity']}", flush=True)
+        write_page(study, _in_order(records))
+    return _in_order(records)
+
+
+def _in_order(records: Records) -> list[dict[str, Any]]:
+    return [records[case.name] for case in cases() if case.name in records]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/quality_study"))
-    parser.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("--records", type=Path, default=Path("docs/quality/records.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/quality/study.md"))
     parser.add_argument("--model", default=Study.model, help="(default: %(default)s)")
     parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
     for name in ("windows", "test_tokens"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=getattr(Study, name), help="(default: %(default)s)")
-    parser.add_argument("--only", type=int, default=None, help="the first so many cases")
-    print(table(run(Study(**vars(parser.parse_args(arguments))))))
+    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--most", type=int, default=None, help="the first so many cases")
+    given = vars(parser.parse_args(arguments))
+    only, most = given.pop("only"), given.pop("most")
+    print(table(run(Study(**given), only, most)))
     return 0
 
 

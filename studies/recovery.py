@@ -1,143 +1,162 @@
 """How much of a pruned model comes back in ten minutes: ``python studies/recovery.py``
 
 At 20 % fewer parameters, with and without compensation before it: LoRA and full training, from the text
-alone, from the dense model as teacher, and from both; then the best of them on other texts, and at
-half of the pruned layers' groups. Recovery on WikiText-2 train stands beside them, so that
-adaptation to the test's own kind of text is seen and not mistaken for recovery.
+alone, from the dense model as teacher, and from both, a few minutes each; then the best of them for ten
+minutes on several texts, and at half of the pruned layers' groups. Recovery on WikiText-2 train stands
+beside them, so that adaptation to the test's own kind of text is seen and not mistaken for recovery.
 
-Every case leaves one JSON file in the output folder, and none is run twice: stop it and start it again as
-you like. The table is written after every case.
+Results are kept in one file that is committed, and no case is run twice: stop it and start it again as
+you like. The page is written after every case.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from records import Records
 
-from pruner_lib import (
-    discover,
-    estimate_importance,
-    evaluation,
-    load_calibration,
-    load_model,
-    load_pruned,
-    load_text,
-    perplexity,
-    plan_pruning,
-    prune,
-    recover,
-    save_pruned,
-)
-from pruner_lib.assets import DEFAULT_MODEL, AssetError
+import pruner_lib as pl
+from pruner_lib.assets import AssetError
 from pruner_lib.assets.files import write_whole
 from pruner_lib.recovery import Distillation, RecoverySettings
 from pruner_lib.recovery.self_generated import SelfGeneration, self_generated_data
-from pruner_lib.recovery.sources import load_instructions
 
+KINDS = ("attention_head", "mlp_neuron")
 # Each method: settings beside the common ones, and whether the dense model teaches.
+LORA = {"rank": 32, "alpha": 64, "learning_rate": 1e-3}
+FULL = {"method": "full", "learning_rate": 3e-4}
+HALF = Distillation(weight=0.5)
 METHODS: dict[str, tuple[dict[str, Any], bool]] = {
-    "lora": ({"rank": 32, "alpha": 64, "learning_rate": 1e-3}, False),
-    "lora + teacher": ({"rank": 32, "alpha": 64, "learning_rate": 1e-3}, True),
-    "lora + teacher, half text": (
-        {"rank": 32, "alpha": 64, "learning_rate": 1e-3, "distillation": Distillation(weight=0.5)},
-        True,
-    ),
-    "full": ({"method": "full", "learning_rate": 3e-4}, False),
-    "full + teacher": ({"method": "full", "learning_rate": 3e-4}, True),
+    "LoRA": (LORA, False),
+    "LoRA, teacher": (LORA, True),
+    "LoRA, teacher and text": ({**LORA, "distillation": HALF}, True),
+    "full": (FULL, False),
+    "full, teacher": (FULL, True),
+    "full, teacher and text": ({**FULL, "distillation": HALF}, True),
 }
 # 1024 tokens a step, in rows that hold a question with its whole answer.
 COMMON = {"batch_size": 4, "micro_batch": 4, "seq_len": 256, "schedule": "cosine", "template": "chat"}
-BEST = "full + teacher"
+BEST = "full, teacher"
 TEXTS = ("self-generated", "c4", "books", "instructions", "wikitext2")
+SCREENED_ON = "c4"
 GOALS = {"20 %": (1.10, 0.97), "50 %": (None, 0.88)}  # perplexity / dense at most, average / dense at least
 _PROBE_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """One row of a table.
+
+    Attributes:
+        cut: ``"20 %"`` of the parameters removed, ``"50 %"`` of the groups of the pruned layers, ``"dense"``.
+        compensated: whether what read the removed channels was fitted again before.
+        method: one of ``METHODS``, or None for no recovery.
+        text: what it learns from.
+        screen: a few minutes and a short test, to compare methods, instead of all of both.
+    """
 
     cut: str
-    compensated: bool
-    method: str | None
-    text: str | None
+    compensated: bool = True
+    method: str | None = None
+    text: str | None = None
+    screen: bool = False
 
     @property
     def name(self) -> str:
-        parts = [self.cut, "compensated" if self.compensated else "plain", self.method, self.text]
+        parts = [
+            self.cut, "compensated" if self.compensated else "plain", self.method, self.text,
+            "screen" if self.screen else None,
+        ]  # fmt: skip
         return " · ".join(part for part in parts if part)
+
+
+def cases() -> list[Case]:
+    """What can be compared here, in the order in which it tells most."""
+    found = [Case("dense", False), Case("dense", False, screen=True)]
+    for compensated in (True, False):
+        found.append(Case("20 %", compensated, screen=True))
+        found += [Case("20 %", compensated, method, SCREENED_ON, screen=True) for method in METHODS]
+    found += [Case("20 %"), Case("20 %", True, BEST, "self-generated"), Case("20 %", True, BEST, "c4")]
+    found += [Case("50 %"), Case("50 %", True, BEST, "self-generated")]
+    found += [Case("20 %", True, BEST, text) for text in ("wikitext2", "instructions", "books")]
+    found += [
+        Case("20 %", False),
+        Case("20 %", False, BEST, "self-generated"),
+        Case("50 %", True, BEST, "c4"),
+    ]
+    return found
 
 
 @dataclass(frozen=True)
 class Study:
     """What to run it with; see the command's options."""
 
-    output: Path
+    records: Path
     page: Path
-    model: str = DEFAULT_MODEL
+    models: Path
+    model: str = pl.DEFAULT_MODEL
     device: str | None = None
     minutes: float = 10.0
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    criterion: str = "taylor_second"
+    screen_minutes: float = 3.0
     instructions: str = "alpaca"
-    num_self_generated: int = 1000
+    num_self_generated: int = 600
     test_tokens: int = 65536
-    zero_shot_limit: int = 100
+    screen_tokens: int = 16384
+    items: int = 100
     seed: int = 0
 
-    def cases(self) -> list[Case]:
-        """What can be compared here, in the order in which it tells most."""
-        states = [True, False]
-        found = [Case("dense", False, None, None)]
-        found += [Case("20 %", state, None, None) for state in states]
-        found += [Case("20 %", states[0], BEST, text) for text in TEXTS]
-        found += [Case("20 %", s, m, "self-generated") for s in states for m in METHODS]
-        found += [Case("50 %", states[0], None, None), Case("50 %", states[0], BEST, "self-generated")]
-        return list(dict.fromkeys(found))
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        kept = {k: v for k, v in asdict(self).items() if k not in ("records", "page", "models", "device")}
+        return {**kept, "common": COMMON, "lora": LORA, "full": FULL}
 
 
 class Bench:
-    """Models and texts, made once and kept in the output folder."""
+    """Models and texts, made once."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
 
     @cached_property
     def dense(self) -> tuple[Any, Any]:
-        return load_model(self.study.model, device=self.study.device)
+        return pl.load_model(self.study.model, device=self.study.device)
 
     @cached_property
     def calibration(self) -> torch.Tensor:
         """Text of the kind that c4 is, never WikiText."""
         seed = self.study.seed
-        return load_calibration(self.dense[1], source="c4", num_samples=256, seq_len=128, seed=seed)
+        return pl.load_calibration(self.dense[1], source="c4", num_samples=512, seq_len=128, seed=seed)
 
     def pruned(self, case: Case) -> Any:
-        folder = self.study.output / f"{case.cut.split()[0]}-{'compensated' if case.compensated else 'plain'}"
+        """The model that recovery begins with; kept in the folder of models."""
+        kind = "compensated" if case.compensated else "plain"
+        folder = self.study.models / f"{case.cut.split()[0]}-{kind}-seed{self.study.seed}"
         if not (folder / "config.json").is_file():
-            dense = self.dense[0]
-            dependencies = discover(dense)
-            scores = estimate_importance(
-                dense, dependencies, self.calibration[:64], criterion=self.study.criterion, micro_batch_size=8
-            )
-            budget: dict[str, Any] = {"kinds": "mlp_neuron", **self.study.plan}
-            if case.cut == "20 %":
-                budget["target_params"] = 0.8
-            else:  # half of the groups of the layers that the paper's range prunes: all but the outer ones
-                budget.update(ratio=0.5, layers=range(4, dependencies.num_layers - 3))
-            plan = plan_pruning(dependencies, scores, **budget)
+            plan = self._plan(case.cut)
             given: dict[str, Any] = {"compensate": self.calibration} if case.compensated else {}
-            save_pruned(prune(dense, plan, **given), folder, tokenizer=self.dense[1], plan=plan)
-        return load_pruned(folder).to(next(self.dense[0].parameters()).device)
+            pl.save_pruned(pl.prune(self.dense[0], plan, **given), folder, tokenizer=self.dense[1], plan=plan)
+        return pl.load_pruned(folder).to(next(self.dense[0].parameters()).device)
+
+    def _plan(self, cut: str) -> pl.PruningPlan:
+        model, text = self.dense[0], self.calibration
+        dependencies = pl.discover(model)
+        families = dependencies.select(kind=KINDS)
+        scores = pl.estimate_importance(
+            model, dependencies, text[:64], criterion="wanda", families=families, micro_batch_size=16
+        )
+        if cut == "20 %":
+            nats = pl.scale_to_loss(model, dependencies, scores, text[-16:])
+            return pl.plan_pruning(dependencies, nats, preset="best", kinds=KINDS, target_params=0.8)
+        layers = range(4, dependencies.num_layers - 3)  # the paper's way: all but the outer ones
+        return pl.plan_pruning(dependencies, scores, ratio=0.5, layers=layers, kinds=KINDS)
 
     def data(self, text: str) -> Any:
         """Training data by the name in the table.
@@ -149,84 +168,97 @@ class Bench:
             settings = SelfGeneration(num_examples=self.study.num_self_generated, seed=self.study.seed)
             return self_generated_data(self.study.model, settings, device=self.study.device)
         if text == "instructions":
-            return load_instructions(self.study.instructions, limit=4000, seed=self.study.seed)
-        return load_text(text, "train")
+            return pl.load_instructions(self.study.instructions, limit=4000, seed=self.study.seed)
+        return pl.load_text(text, "train")
 
 
 def _settings(bench: Bench, case: Case, model: Any, data: Any) -> RecoverySettings:
     """As many steps as fit into the minutes, by the pace of a few."""
     assert case.method is not None
-    given = {**COMMON, **METHODS[case.method][0], "seed": bench.study.seed}
+    own, taught = METHODS[case.method]
+    given = {**COMMON, **own, "seed": bench.study.seed}
     ends: list[float] = []
     probe = RecoverySettings(**{**given, "max_steps": _PROBE_STEPS, "warmup_steps": 1})
-    teacher = bench.dense[0] if METHODS[case.method][1] else None
-    recover(
-        model, bench.dense[1], data, settings=probe, teacher=teacher, progress=False,
-        on_step=lambda record: ends.append(time.perf_counter()),
+    pl.recover(
+        model, bench.dense[1], data, settings=probe, teacher=bench.dense[0] if taught else None,
+        progress=False, on_step=lambda record: ends.append(time.perf_counter()),
     )  # fmt: skip
     pace = (ends[-1] - ends[0]) / (len(ends) - 1)
-    steps = max(_PROBE_STEPS, int(60 * bench.study.minutes / pace))
+    minutes = bench.study.screen_minutes if case.screen else bench.study.minutes
+    steps = max(_PROBE_STEPS, int(60 * minutes / pace))
     return RecoverySettings(**{**given, "max_steps": steps, "warmup_steps": max(1, steps // 20)})
 
 
 def run_case(bench: Bench, case: Case) -> dict[str, Any]:
     """Recover if the case says so, and measure."""
+    study = bench.study
     model = bench.dense[0] if case.cut == "dense" else bench.pruned(case)
     record: dict[str, Any] = {**asdict(case), "params": sum(p.numel() for p in model.parameters())}
     if case.method is not None and case.text is not None:
         data = bench.data(case.text)
         settings = _settings(bench, case, model, data)
         teacher = bench.dense[0] if METHODS[case.method][1] else None
-        result = recover(model, bench.dense[1], data, settings=settings, teacher=teacher)
+        result = pl.recover(model, bench.dense[1], data, settings=settings, teacher=teacher, progress=False)
         model = result.model
         record.update(
-            seconds=result.seconds, steps=len(result.history), tokens=result.num_tokens, losses=result.losses
-        )
-    text = load_text("wikitext2", "test")
-    found = perplexity(
-        model, bench.dense[1], text, max_tokens=bench.study.test_tokens, source="wikitext2 test"
-    )
-    record.update(perplexity=float(found), conditions=found.conditions)
-    zero_shot: Callable[..., Any] | None = getattr(evaluation, "zero_shot", None)
-    if zero_shot is not None and bench.study.zero_shot_limit:
-        tasks = zero_shot(model, bench.dense[1], limit=bench.study.zero_shot_limit)
+            seconds=result.seconds, steps=len(result.history), tokens=result.num_tokens,
+            losses=[round(loss, 4) for loss in result.losses],
+        )  # fmt: skip
+    record.update(measure(bench, model, study.screen_tokens if case.screen else study.test_tokens))
+    if study.items and not case.screen:
+        tasks = pl.zero_shot(model, bench.dense[1], limit=study.items, seed=study.seed, data="package")
         record.update(average=float(tasks.average), tasks=str(tasks))
     return record
 
 
+def measure(bench: Bench, model: Any, test_tokens: int) -> dict[str, Any]:
+    """Perplexity on WikiText-2, which is judged, and on the kinds of text that recovery may have seen."""
+    found: dict[str, Any] = {}
+    for source in ("wikitext2", "c4"):
+        tokens = test_tokens if source == "wikitext2" else bench.study.screen_tokens
+        words = pl.load_text(source, "test")
+        result = pl.perplexity(model, bench.dense[1], words, max_tokens=tokens, source=f"{source} test")
+        found["perplexity" if source == "wikitext2" else f"perplexity on {source}"] = float(result)
+        found.setdefault("conditions", result.conditions)
+    return found
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with ratios to the dense model, and what was reached."""
-    dense = next((r for r in records if r["cut"] == "dense"), None)
+    """Rows with ratios to the dense model under the same test."""
     lines = [
-        "| removed | compensated | recovery | on | minutes | tokens | PPL | / dense | average | / dense |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
+        "| removed | compensated | recovery | on | minutes | tokens | PPL | / dense | c4 | average "
+        "| / dense |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:
-        ratio = _ratio(record, dense, "perplexity")
-        average = _ratio(record, dense, "average")
+        ratio, average = _ratio(record, records, "perplexity"), _ratio(record, records, "average")
+        c4 = _ratio(record, records, "perplexity on c4")
         cells = [
             record["cut"], "yes" if record["compensated"] else "no", record["method"] or "none",
             record["text"] or "–", f"{record['seconds'] / 60:.1f}" if "seconds" in record else "–",
             f"{record['tokens']:,}" if "tokens" in record else "–", f"{record['perplexity']:.2f}",
-            f"{ratio:.3f}" if ratio else "–",
+            f"{ratio:.3f}" if ratio else "–", f"{c4:.2f} ×" if c4 else "–",
             f"{record['average']:.4f}" if "average" in record else "–", f"{average:.3f}" if average else "–",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(record: Mapping[str, Any], dense: Mapping[str, Any] | None, key: str) -> float | None:
+def _ratio(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The value over the dense model's, measured on as many tokens."""
+    dense = next((r for r in records if r["cut"] == "dense" and r["screen"] == record["screen"]), None)
     return record[key] / dense[key] if dense is not None and key in record and key in dense else None
 
 
 def verdict(records: Sequence[Mapping[str, Any]]) -> str:
     """For each goal, the best case on text that is not WikiText, and whether it is met."""
-    dense = next((r for r in records if r["cut"] == "dense"), None)
     lines = []
     for cut, (most, least) in GOALS.items():
-        fair = [r for r in records if r["cut"] == cut and r["text"] not in (None, "wikitext2")]
+        fair = [
+            r for r in records if r["cut"] == cut and r["text"] not in (None, "wikitext2") and not r["screen"]
+        ]
         for key, goal, better in (("perplexity", most, min), ("average", least, max)):
-            ratios = {_label(r): value for r in fair if (value := _ratio(r, dense, key)) is not None}
+            ratios = {_label(r): value for r in fair if (value := _ratio(r, records, key)) is not None}
             if goal is None or not ratios:
                 continue
             name = better(ratios, key=lambda label: ratios[label])
@@ -244,58 +276,77 @@ def _label(record: Mapping[str, Any]) -> str:
 
 def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
     """The page of the documentation, from what has been run so far."""
-    conditions = "; ".join(dict.fromkeys(record["conditions"] for record in records))
+    whole = [record for record in records if not record["screen"]]
+    screened = [record for record in records if record["screen"]]
+    machines = "; ".join(dict.fromkeys(record["machine"] for record in records))
     page = [
         "# Recovery: what comes back in ten minutes",
-        f"Written by `python studies/recovery.py`: {len(records)} of {len(study.cases())} cases, model "
-        f"{study.model}, scores {study.criterion} on c4, at most {study.minutes:g} minutes each, "
-        f"{torch.get_num_threads()} threads, seed {study.seed}. Perplexity: {conditions}. Average: the seven "
-        f"tasks, {study.zero_shot_limit} items each (0: not measured).",
-        table(records),
+        f"Written by `python studies/recovery.py`: {len(records)} of {len(cases())} cases, model "
+        f"{study.model}, scores by `wanda` (at 20 % scaled to the loss) and compensation on c4, seed "
+        f"{study.seed}; {machines}. "
+        "PPL: WikiText-2 test in windows of 128. c4: perplexity there, times the dense model's. Average: the "
+        f"seven tasks, {study.items} items each.",
+        "## Texts",
+        f"At most {study.minutes:g} minutes each; PPL on {study.test_tokens:,} tokens. The row on wikitext2 "
+        "is no recovery: it learnt from text of the test's own kind.",
+        table(whole),
         verdict(records),
-        "The row on wikitext2 is no recovery: it learnt from text of the test's own kind.",
     ]
+    if screened:
+        page += [
+            "## Methods",
+            f"{study.screen_minutes:g} minutes each, on {SCREENED_ON}; PPL on {study.screen_tokens:,} "
+            "tokens.",
+            table(screened),
+        ]
     study.page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(study.page, "\n\n".join(part for part in page if part) + "\n")
 
 
-def run(study: Study) -> list[dict[str, Any]]:
+def run(study: Study, only: str = "") -> list[dict[str, Any]]:
     """Every case that has not been run, in order; the page after each."""
-    study.output.mkdir(parents=True, exist_ok=True)
-    bench, records = Bench(study), []
-    for number, case in enumerate(study.cases(), start=1):
-        file = study.output / f"{case.name.replace(' ', '').replace('%', '')}.json"
-        if not file.is_file():
-            print(f"[{number}/{len(study.cases())}] {case.name}", flush=True)
-            try:
-                record = run_case(bench, case)
-            except AssetError as error:
-                print(f"  left out: {error}", flush=True)
-                continue
-            write_whole(file, json.dumps(record) + "\n")
-            print(
-                f"  perplexity {record['perplexity']:.2f}, average {record.get('average', '–')}", flush=True
-            )
-        records.append(json.loads(file.read_text(encoding="utf-8")))
-        write_page(study, records)
-    return records
+    records, bench = Records(study.records, study.settings()), Bench(study)
+    wanted = [case for case in cases() if only in case.name]
+    for number, case in enumerate(wanted, start=1):
+        if case.name in records:
+            continue
+        print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
+        try:
+            records.add(case.name, run_case(bench, case))
+        except AssetError as error:
+            print(f"  left out: {error}", flush=True)
+            continue
+        found = records[case.name]
+        print(f"  perplexity {found['perplexity']:.2f}, average {found.get('average', '–')}", flush=True)
+        write_page(study, _in_order(records))
+    return _in_order(records)
+
+
+def _in_order(records: Records) -> list[dict[str, Any]]:
+    return [records[case.name] for case in cases() if case.name in records]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/recovery_study"))
-    parser.add_argument("--page", type=Path, default=Path("docs/recovery_study.md"))
-    parser.add_argument("--plan", type=json.loads, default={}, help='JSON for plan_pruning: {"preset": "…"}')
-    for name in ("model", "criterion", "instructions"):
-        parser.add_argument(f"--{name}", default=getattr(Study, name), help="(default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", type=Path, default=Path("docs/recovery/records.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/recovery/study.md"))
+    parser.add_argument("--models", type=Path, default=Path("runs/recovery_study"))
     parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
-    parser.add_argument("--minutes", type=float, default=Study.minutes, help="(default: %(default)s)")
-    for name in ("num_self_generated", "test_tokens", "zero_shot_limit", "seed"):
+    parser.add_argument("--only", default="", help="cases whose names hold this")
+    for name in ("model", "instructions"):
+        parser.add_argument(f"--{name}", default=getattr(Study, name), help="(default: %(default)s)")
+    for name in ("minutes", "screen_minutes"):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=float, default=getattr(Study, name), help="(default: %(default)s)")
+    for name in ("num_self_generated", "test_tokens", "screen_tokens", "items", "seed"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=getattr(Study, name), help="(default: %(default)s)")
-    study = Study(**vars(parser.parse_args(arguments)))
-    print(table(run(study)))
+    given = vars(parser.parse_args(arguments))
+    only = given.pop("only")
+    print(table(run(Study(**given), only)))
     return 0
 
 
