@@ -35,7 +35,14 @@ def record(cut, text=None, perplexity=20.0, average=0.4, method=None, screen=Fal
 def test_every_comparison_of_the_issue_is_a_case(study):
     cases = study.cases()
     assert len({case.name for case in cases}) == len(cases)
-    assert {case.text for case in cases} >= {"self-generated", "c4", "books", "instructions", "wikitext2"}
+    assert {case.text for case in cases} >= {
+        study.MIXED,
+        "self-generated",
+        "c4",
+        "books",
+        "instructions",
+        "wikitext2",
+    }
     for compensated in (True, False):
         methods = {c.method for c in cases if c.compensated is compensated and c.cut == "20 %"}
         assert methods >= set(study.METHODS) | {None}
@@ -78,6 +85,7 @@ def test_figures_of_other_settings_are_not_mixed(study, asked, monkeypatch):
 def test_goals_are_judged_on_text_that_is_not_wikitext(study):
     records = [
         record("dense", perplexity=20.0, average=0.4),
+        record("dense", "c4", perplexity=9.0, method="full", screen=True),  # no measure of the others
         record("dense", perplexity=10.0, screen=True),
         record("20 %", "wikitext2", perplexity=15.0, average=0.4, method="full"),
         record("20 %", "c4", perplexity=23.0, average=0.39, method="full"),
@@ -93,3 +101,31 @@ def test_goals_are_judged_on_text_that_is_not_wikitext(study):
     assert "50 % fewer, perplexity" not in said
     assert "| 1.150 |" in study.table(records)
     assert "| 1.200 |" in study.table(records), "short tests are compared with a short test"
+
+
+def test_the_quality_study_varies_what_the_issue_asks_for(monkeypatch, tmp_path):
+    quality = importlib.import_module("quality")
+    cases = quality.cases()
+    assert len({case.name for case in cases}) == len(cases)
+    best = [case for case in cases if case.scope == "nats" and case.criterion == quality.BEST.criterion]
+    assert {case.cut for case in best} >= set(quality.SHARES)
+    assert {case.seed for case in best} == {0, 1, 2}
+    assert {case.calibration for case in best} == {"wikitext2", "c4", "books"}
+    assert {case.what for case in best} == {"heads, neurons", "blocks", "blocks, neurons"}
+    for scope in ("local", "global", "nats"):
+        compared = {(c.criterion, c.compensation) for c in cases if c.scope == scope and c.cut == "20 %"}
+        assert {criterion for criterion, fit in compared if fit == "ridge"} >= {
+            "taylor_first",
+            "l2",
+            "random",
+        }
+
+    def run_case(bench, case):
+        perplexity = {"wikitext2, 128": 50.0 if case.cut == "dense" else 80.0}
+        return {**vars(case), "params": 90, "dense_params": 100, "perplexity": perplexity}
+
+    monkeypatch.setattr(quality, "run_case", run_case)
+    study = quality.Study(tmp_path / "records.json", tmp_path / "page.md")
+    assert len(quality.run(study, most=3)) == 3
+    page = (tmp_path / "page.md").read_text()
+    assert f"3 of {len(cases)} cases" in page and "80.0 (1.60 ×)" in page and "0.9000" in page
