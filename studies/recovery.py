@@ -293,7 +293,7 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
         "PPL: WikiText-2 test in windows of 128. c4: perplexity there, times the dense model's. Average: the "
         f"seven tasks, {study.items} items each.",
         "## Texts",
-        f"At most {study.minutes:g} minutes each; PPL on {study.test_tokens:,} tokens. The row on wikitext2 "
+        f"About {study.minutes:g} minutes each; PPL on {study.test_tokens:,} tokens. The row on wikitext2 "
         "is no recovery: it learnt from text of the test's own kind.",
         table(whole),
         verdict(records),
@@ -301,7 +301,7 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
     if screened:
         page += [
             "## Methods",
-            f"{study.screen_minutes:g} minutes each, on {SCREENED_ON}; PPL on {study.screen_tokens:,} "
+            f"About {study.screen_minutes:g} minutes each, on {SCREENED_ON}; PPL on {study.screen_tokens:,} "
             "tokens.",
             table(screened),
         ]
