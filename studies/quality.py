@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,10 +98,10 @@ def cases() -> list[Case]:
     ]
     found += [vary(BEST, compensation="bias")]
     found += [vary(BEST, seed=seed) for seed in (1, 2)]
-    for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
-        for scope in ("local", "global", "nats"):
-            for compensation in (None, "ridge") if scope != "nats" else (None, "bias", "ridge"):
-                found.append(vary(BEST, criterion=criterion, scope=scope, compensation=compensation))
+    for compensations in ((None, "ridge"), ("bias",)):
+        for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
+            for scope in ("local", "global", "nats"):
+                found += [vary(BEST, criterion=criterion, scope=scope, compensation=c) for c in compensations]
     return list(dict.fromkeys(found))
 
 
@@ -117,12 +115,10 @@ class Study:
     device: str | None = None
     windows: int = 256
     test_tokens: int = 65536
-    compute: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on."""
-        kept = ("model", "windows", "test_tokens", "compute")
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in ("model", "windows", "test_tokens")}
 
 
 class Bench:
@@ -208,14 +204,9 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
         words = pl.load_text(text, "test")
         for length in LENGTHS:
             options = {"seq_len": length, "max_tokens": bench.study.test_tokens, "source": text}
-            with _products_in(bench.study.compute, next(model.parameters()).device):
-                found = pl.perplexity(model, tokenizer, words, **options)
+            found = pl.perplexity(model, tokenizer, words, **options)
             record["perplexity"][f"{text}, {length}"] = round(float(found), 3)
     return record
-
-
-def _products_in(dtype: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def _summary(done: Compensated) -> dict[str, Any]:
@@ -270,22 +261,12 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
     write_whole(study.page, "\n\n".join(page) + "\n")
 
 
-def run(study: Study, only: str = "", most: int | None = None) -> list[dict[str, Any]]:
+def run(study: Study, only: str = "") -> list[dict[str, Any]]:
     """Every case that has not been run, in order; the page after each."""
     records, bench = Records(study.records, study.settings()), Bench(study)
-    wanted = [case for case in cases()[:most] if re.search(only, case.name)]
-    for number, case in enumerate(wanted, start=1):
-        if case.name in records:
-            continue
-        print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
-        records.add(case.name, run_case(bench, case))
-        print(f"  {records[case.name]['perplexity']}", flush=True)
-        write_page(study, _in_order(records))
-    return _in_order(records)
-
-
-def _in_order(records: Records) -> list[dict[str, Any]]:
-    return [records[case.name] for case in cases() if case.name in records]
+    return records.complete(
+        cases(), lambda case: run_case(bench, case), lambda found: write_page(study, found), only
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,16 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=Path("docs/quality/study.md"))
     parser.add_argument("--model", default=Study.model, help="(default: %(default)s)")
     parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
-    which = "of the tests' products; None is the model's own (default: %(default)s)"
-    parser.add_argument("--compute", choices=("bfloat16", "float16"), default=Study.compute, help=which)
     for name in ("windows", "test_tokens"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=getattr(Study, name), help="(default: %(default)s)")
     parser.add_argument("--only", default="", help="cases whose names match this expression")
-    parser.add_argument("--most", type=int, default=None, help="the first so many cases")
     given = vars(parser.parse_args(arguments))
-    only, most = given.pop("only"), given.pop("most")
-    print(table(run(Study(**given), only, most)))
+    only = given.pop("only")
+    print(table(run(Study(**given), only)))
     return 0
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from pruner_lib.assets import AssetError
 from pruner_lib.assets.devices import computes_in_bfloat16
 from pruner_lib.assets.files import write_whole
 
 
-class OtherSettings(ValueError):
-    """The file holds figures that were taken with other settings."""
+class Named(Protocol):
+    """A case: what it is called is where its result is kept."""
+
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=Named)
 
 
 class Records:
@@ -26,7 +34,7 @@ class Records:
         settings: what every figure in it was taken with.
 
     Raises:
-        OtherSettings: the file was begun with other settings.
+        ValueError: the file was begun with other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -41,7 +49,7 @@ class Records:
                 if known["settings"].get(key) != value
             ]
             if other:
-                raise OtherSettings(
+                raise ValueError(
                     f"{path} was begun with {'; '.join(other)}. Figures of both do not compare: give the "
                     "same settings, or another file with --records."
                 )
@@ -53,15 +61,42 @@ class Records:
     def __getitem__(self, name: str) -> dict[str, Any]:
         return self._found[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
     def add(self, name: str, record: Mapping[str, Any]) -> None:
         """Keep a result, in the file too."""
         self._found[name] = {**record, "machine": machine()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": self.settings, "records": self._found}, indent=1, ensure_ascii=False)
         write_whole(self.path, text + "\n")
+
+    def complete(
+        self,
+        cases: Sequence[C],
+        run_case: Callable[[C], dict[str, Any]],
+        write_page: Callable[[list[dict[str, Any]]], None],
+        only: str = "",
+    ) -> list[dict[str, Any]]:
+        """Run the cases that are missing, in order, and write the page after each.
+
+        Args:
+            cases: all of the study.
+            run_case: measures one; one whose data cannot be had is left out.
+            write_page: is given what there is, in the order of the cases.
+            only: an expression that the names of the cases to run match.
+        """
+        wanted = [case for case in cases if re.search(only, case.name)]
+        for number, case in enumerate(wanted, start=1):
+            if case.name not in self:
+                print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
+                try:
+                    self.add(case.name, run_case(case))
+                except AssetError as error:
+                    print(f"  left out: {error}", flush=True)
+                    continue
+                print(f"  perplexity {self[case.name]['perplexity']}", flush=True)
+                write_page([self[case.name] for case in cases if case.name in self])
+        found = [self[case.name] for case in cases if case.name in self]
+        write_page(found)
+        return found
 
 
 def machine() -> str:

@@ -12,7 +12,6 @@ you like. The page is written after every case.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ import torch
 from records import Records
 
 import pruner_lib as pl
-from pruner_lib.assets import AssetError
 from pruner_lib.assets.files import write_whole
 from pruner_lib.recovery import Distillation, RecoverySettings
 from pruner_lib.recovery.self_generated import SelfGeneration, self_generated_data
@@ -263,6 +261,7 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> str:
         fair = [
             r for r in records if r["cut"] == cut and r["text"] not in (None, "wikitext2") and not r["screen"]
         ]
+        minutes = {_label(r): r["seconds"] / 60 for r in fair}
         for key, goal, better in (("perplexity", most, min), ("average", least, max)):
             ratios = {_label(r): value for r in fair if (value := _ratio(r, records, key)) is not None}
             if goal is None or not ratios:
@@ -270,7 +269,8 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> str:
             name = better(ratios, key=lambda label: ratios[label])
             met = ratios[name] <= goal if key == "perplexity" else ratios[name] >= goal
             lines.append(
-                f"- {cut} fewer, {key}: {ratios[name]:.3f} × dense ({name}); the goal is {goal:.2f}: "
+                f"- {cut} fewer, {key}: {ratios[name]:.3f} × dense ({name}, {minutes[name]:.1f} minutes); "
+                f"the goal is {goal:.2f}: "
                 f"{'met' if met else 'not met'}."
             )
     return "\n".join(lines)
@@ -312,24 +312,9 @@ def write_page(study: Study, records: Sequence[Mapping[str, Any]]) -> None:
 def run(study: Study, only: str = "") -> list[dict[str, Any]]:
     """Every case that has not been run, in order; the page after each."""
     records, bench = Records(study.records, study.settings()), Bench(study)
-    wanted = [case for case in cases() if re.search(only, case.name)]
-    for number, case in enumerate(wanted, start=1):
-        if case.name in records:
-            continue
-        print(f"[{number}/{len(wanted)}] {case.name}", flush=True)
-        try:
-            records.add(case.name, run_case(bench, case))
-        except AssetError as error:
-            print(f"  left out: {error}", flush=True)
-            continue
-        found = records[case.name]
-        print(f"  perplexity {found['perplexity']:.2f}, average {found.get('average', '–')}", flush=True)
-        write_page(study, _in_order(records))
-    return _in_order(records)
-
-
-def _in_order(records: Records) -> list[dict[str, Any]]:
-    return [records[case.name] for case in cases() if case.name in records]
+    return records.complete(
+        cases(), lambda case: run_case(bench, case), lambda found: write_page(study, found), only
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
