@@ -21,17 +21,22 @@ def case():
     return model, dependencies, scores, batches
 
 
+def cost_of(case, removal):
+    """The loss change of zeroing some groups, or its standard error where that is larger."""
+    model, dependencies, _, batches = case
+    zeroed = dependencies.zero(model, removal)
+    each = [mean_loss(zeroed, [row[None]]) - mean_loss(model, [row[None]]) for row in batches]
+    change = torch.tensor(each, dtype=torch.float64)
+    return max(float(change.mean()), float(change.std()) / len(batches) ** 0.5)
+
+
 @pytest.mark.parametrize("growth", [1.0, 2.0])
 def test_the_lowest_neurons_sum_to_their_loss_change(case, growth):
     model, dependencies, scores, batches = case
     found = scale_to_loss(model, dependencies, scores, batches, ratio=0.25, growth=growth)
     name = "layers.1.mlp_neuron"
     lowest = scores[name].argsort()[: round(0.25 * len(scores[name]))]
-    zeroed = dependencies.zero(model, {name: lowest.tolist()})
-    each = [mean_loss(zeroed, [row[None]]) - mean_loss(model, [row[None]]) for row in batches]
-    change = torch.tensor(each, dtype=torch.float64)
-    expected = max(float(change.mean()), float(change.std()) / len(batches) ** 0.5)
-    assert float(found[name][lowest].sum()) == pytest.approx(expected, rel=1e-6)
+    assert float(found[name][lowest].sum()) == pytest.approx(cost_of(case, {name: lowest.tolist()}), rel=1e-6)
     assert torch.equal(found[name].argsort(), scores[name].argsort())
     assert "scaled to the loss" in found.criterion
     ratios = (found[name] / scores[name])[scores[name].argsort()]
@@ -62,14 +67,30 @@ def test_micro_batches_and_whole_passes_give_the_same(case, monkeypatch):
         assert torch.allclose(whole[name], slow[name], rtol=1e-6)
 
 
-def test_nothing_to_scale_keeps_the_order(case):
-    model, dependencies, _, batches = case
-    size = dependencies.family("layers.0.mlp_neuron").size
-    flat = ImportanceScores.from_dict(
-        {"layers.0.mlp_neuron": torch.arange(size).clamp(min=size // 2) - size // 2}
-    )
-    found = scale_to_loss(model, dependencies, flat, batches)
-    assert torch.equal(found["layers.0.mlp_neuron"], flat["layers.0.mlp_neuron"].double())
+def test_neurons_that_never_fire_leave_the_others_in_nats(case):
+    model, dependencies, scores, batches = case
+    name = "layers.0.mlp_neuron"
+    size = dependencies.family(name).size
+    half = torch.arange(size).clamp(min=size // 2) - size // 2  # half of them, and one, are zero
+    scores = scores.scores | {name: half}
+    found = scale_to_loss(model, dependencies, scores, batches, ratio=0.25)[name]
+    positive = size - size // 2 - 1
+    lowest = list(range(size - positive + round(0.25 * positive)))
+    cost = cost_of(case, {name: lowest})
+    assert cost > 0 and float(found[lowest].sum()) == pytest.approx(cost, rel=1e-6)
+    assert torch.equal(found == 0, half == 0) and torch.equal(found.argsort(), half.argsort())
+    nothing = scale_to_loss(model, dependencies, {name: torch.zeros(size)}, batches)[name]
+    assert torch.equal(nothing, torch.zeros(size, dtype=torch.float64))
+
+
+def test_scores_of_layers_come_back_as_they_are(case):
+    model, dependencies, scores, batches = case
+    layers = pl.score_layers(model, dependencies, batches, measure="loss")
+    found = scale_to_loss(model, dependencies, scores.scores | layers.scores, batches)
+    assert set(found) == {*scores, *layers}
+    assert all(torch.equal(found[name], layers[name]) for name in layers)
+    one = scale_to_loss(model, dependencies, scores, batches, families="layers.0.mlp_neuron")
+    assert list(one) == ["layers.0.mlp_neuron"]
 
 
 def test_bad_input(case):
@@ -83,3 +104,7 @@ def test_bad_input(case):
     negative = ImportanceScores.from_dict({"layers.0.mlp_neuron": -scores["layers.0.mlp_neuron"]})
     with pytest.raises(ValueError, match="negative"):
         scale_to_loss(model, dependencies, negative, batches)
+    with pytest.raises(ValueError, match="no family to scale"):
+        scale_to_loss(model, dependencies, scores, batches, families=[])
+    with pytest.raises(ValueError, match="micro_batch_size.*at least 1"):
+        scale_to_loss(model, dependencies, scores, batches, micro_batch_size=0)

@@ -107,8 +107,8 @@ def loss_changes(
     """
     found = dependencies.family(family.name if isinstance(family, GroupFamily) else family)
     chosen = list(range(found.size)) if groups is None else [int(group) for group in groups]
-    if not all(0 <= group < found.size for group in chosen):
-        raise ValueError(f"groups of {found.name} run from 0 to {found.size - 1}; got {chosen}")
+    if not chosen or not all(0 <= group < found.size for group in chosen):
+        raise ValueError(f"groups of {found.name} run from 0 to {found.size - 1}; got {chosen or 'none'}")
     check_family(model, dependencies, found)
     batches = check_batches(model, batches)
     size = micro_batch_size or default_size(batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruner_lib.discovery.families import GroupFamily
+from pruner_lib.discovery.units import depth_units
 from pruner_lib.importance.ablation import Ablation, layer_index, tensors_of
 from pruner_lib.importance.calibration import (
     check_batches,
@@ -33,12 +34,12 @@ MEASURED_ONE_BY_ONE = 8
 def scale_to_loss(
     model: nn.Module,
     dependencies: DependencyMap,
-    scores: ImportanceScores,
+    scores: ImportanceScores | Mapping[str, Tensor],
     batches: Tensor,
     *,
     ratio: float = 1 / 3,
     growth: float = 2.0,
-    families: Iterable[str | GroupFamily] | None = None,
+    families: str | GroupFamily | Iterable[str | GroupFamily] | None = None,
     micro_batch_size: int | None = None,
     progress: bool | None = None,
 ) -> ImportanceScores:
@@ -52,9 +53,10 @@ def scale_to_loss(
     so that the m lowest sum to what they cost together. p > 1 (``growth``) says that each further group costs
     more than the one before, as it does: near a minimum the loss grows with the square of what is taken away.
     σ is the standard error of ΔL over the sequences: a change that cannot be told from nothing is not taken
-    for less than that. A family of at most 8 groups (KV heads) is measured group by group instead:
-    s'_i = max(ΔL({i}), σ_i). The order within larger families stays; what changes is how families compare,
-    which a criterion alone says badly: a head and a neuron, the first layer and the last.
+    for less than that. Where the m lowest scores are all zero (neurons that never fire), ``ratio`` is of the
+    groups above zero, and the zeros are zeroed with them. A family of at most 8 groups (KV heads) is measured
+    group by group instead: s'_i = max(ΔL({i}), σ_i). The order within larger families stays; how families
+    compare does not, which a criterion alone says badly: a head and a neuron, the first layer and the last.
 
     Example:
         >>> scores = estimate_importance(model, dependencies, batches, criterion="wanda")
@@ -64,7 +66,8 @@ def scale_to_loss(
     Args:
         model: a causal language model; comes back as it was.
         dependencies: what ``discover`` found in it.
-        scores: at least zero, not all of them zero in a family's lowest part.
+        scores: at least zero. Those of whole layers (``score_layers(…, measure="loss")`` gives nats) may be
+            among them and come back as they are.
         batches: token ids ``[N, L]``, N ≥ 2; a few thousand tokens are enough.
         ratio: share of a family that is zeroed, in (0, 1]; best near the share that will be pruned.
         growth: p, at least 1; 1 keeps the scores' own proportions.
@@ -76,7 +79,7 @@ def scale_to_loss(
         Scores of these families in nats; their criterion is noted as ``"<criterion>, scaled to the loss"``.
 
     Raises:
-        ValueError: a ratio outside (0, 1], a growth below 1, unusable batches, negative scores.
+        ValueError: a ratio outside (0, 1], a growth below 1, unusable batches, negative scores, no family.
         FloatingPointError: a loss that is NaN or infinite.
 
     Source: the idea of measuring layers instead of guessing is Li et al. (arXiv 1608.08710); the scaling is
@@ -89,28 +92,50 @@ def scale_to_loss(
     batches = check_batches(model, batches)
     if len(batches) < 2:
         raise ValueError("scale_to_loss needs at least 2 sequences, to tell a loss change from noise")
-    names = list(scores) if families is None else [f if isinstance(f, str) else f.name for f in families]
-    chosen = [dependencies.family(name) for name in names]
+    if not isinstance(scores, ImportanceScores):
+        scores = ImportanceScores.from_dict(scores)
+    units = depth_units(dependencies)
+    chosen = _chosen(dependencies, [name for name in scores if name not in units], families)
     for family in chosen:
         if float(scores[family.name].min()) < 0:
             raise ValueError(f"scores of {family.name} are negative; loss changes are scaled from sizes")
     sets = {family.name: _sets(family, scores[family.name], ratio) for family in chosen}
-    pieces = micro_batches(batches, micro_batch_size or default_size(batches))
+    size = default_size(batches) if micro_batch_size is None else micro_batch_size
+    pieces = micro_batches(batches, size)
     with untouched(model), memory_advice(batches), torch.no_grad():
         changes = _changes(model, dependencies, chosen, sets, pieces, progress)
     scaled = {
         name: _scaled(scores[name], sets[name], changes[name], growth)
         for name in (family.name for family in chosen)
     }
+    scaled |= {name: scores[name] for name in scores if families is None and name in units}
     criterion = f"{scores.criterion or 'scores'}, scaled to the loss"
     return dataclasses.replace(scores, scores=scaled, criterion=criterion)
+
+
+def _chosen(
+    dependencies: DependencyMap,
+    scored: list[str],
+    families: str | GroupFamily | Iterable[str | GroupFamily] | None,
+) -> list[GroupFamily]:
+    """The families to scale."""
+    listed = [families] if isinstance(families, (str, GroupFamily)) else families
+    names = scored if listed is None else [f if isinstance(f, str) else f.name for f in listed]
+    if not names:
+        found = "the scores hold none" if families is None else "families is empty"
+        raise ValueError(f"there is no family to scale: {found}; name some that have scores, or leave it out")
+    return [dependencies.family(name) for name in names]
 
 
 def _sets(family: GroupFamily, values: Tensor, ratio: float) -> list[list[int]]:
     """What is zeroed together: each group of a small family, the lowest part of a large one."""
     if family.size <= MEASURED_ONE_BY_ONE:
         return [[group] for group in range(family.size)]
-    return [values.argsort(stable=True)[: max(1, round(ratio * family.size))].tolist()]
+    order, count = values.argsort(stable=True), max(1, round(ratio * family.size))
+    zeros = int((values == 0).sum())
+    if count <= zeros < family.size:  # their sum is no measure; go on to groups that say something
+        count = zeros + max(1, round(ratio * (family.size - zeros)))
+    return [order[:count].tolist()]
 
 
 def _changes(
@@ -156,7 +181,7 @@ def _scaled(values: Tensor, sets: list[list[int]], changes: Tensor, growth: floa
     ordered, order = values.double().sort(stable=True)
     total = ordered.cumsum(0)
     lowest = float(total[len(sets[0]) - 1])
-    if lowest == 0:  # nothing to scale: those groups do nothing, and the others keep their order
+    if lowest == 0:  # every score is zero, which is zero in any unit
         return values.double()
     curve = float(measured[0]) * (total / lowest) ** growth
     return torch.empty_like(curve).scatter_(0, order, curve.diff(prepend=curve.new_zeros(1)))

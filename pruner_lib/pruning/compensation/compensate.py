@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from pruner_lib.pruning.compensation.readers import (
     residual_writers,
     set_matrix,
 )
-from pruner_lib.pruning.compensation.streams import Stream, added_factor
+from pruner_lib.pruning.compensation.streams import Stream
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.plan import PruningPlan
 
@@ -76,14 +76,20 @@ class Compensation:
         ):
             if value not in valid:
                 raise ValueError(f"unknown {label} {value!r}; valid are {', '.join(valid)}")
-        if not self.ridges or min(self.ridges) < 0:
+        if not isinstance(self.ridges, Sequence) or not self.ridges or min(self.ridges) < 0:
             raise ValueError(f"ridges must be one or more numbers of at least 0, not {self.ridges}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(
+                f"micro_batch_size must be at least 1, not {self.micro_batch_size}; None takes about 2048 "
+                "tokens"
+            )
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must lie between 0 and 1, not {self.holdout}")
 
     def split(self) -> int:
         """How many sequences, the first ones, are fitted on."""
-        return len(self.batches) - max(1, round(self.holdout * len(self.batches)))
+        held = max(1, round(self.holdout * len(self.batches)))
+        return max(1, len(self.batches) - held)
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,7 @@ def compensate(
     Source: ridge refits of pruned structures as in SlimGPT (arXiv 2412.18110) and earlier second-order work;
     the correction of earlier layers' error is added here.
     """
-    if isinstance(settings, Tensor):
-        settings = Compensation(settings)
+    settings = as_settings(settings)
     batches = check_batches(model, settings.batches)
     if len(batches) < 2:
         raise ValueError("compensation needs at least 2 calibration sequences: one is held out to choose λ")
@@ -190,6 +195,20 @@ def compensate(
         before, after = mean_loss(pruned, pieces), mean_loss(fitted, pieces)
     better = after <= before
     return Compensated(fitted if better else copy.deepcopy(pruned), readers, left, before, after, better)
+
+
+def as_settings(given: Compensation | Tensor) -> Compensation:
+    """What ``compensate=`` was given, as settings.
+
+    Raises:
+        TypeError: neither of the two.
+    """
+    if not isinstance(given, Compensation | Tensor):
+        raise TypeError(
+            "compensate wants calibration token ids, a LongTensor [N, L] (load_calibration makes them), or "
+            f"Compensation(batches, …); got {type(given).__name__}"
+        )
+    return Compensation(given) if isinstance(given, Tensor) else given
 
 
 def _even_size(fitted: int, held: int, most: int) -> int:
@@ -232,7 +251,7 @@ class _Run:
             for layer in range(self.count):
                 self._layer(layer)
                 bar.update()
-        left = left_as_cut(self.plan, {reader.weight for reader in self.found})
+        left = left_as_cut(self.model, self.plan, {reader.weight for reader in self.found})
         if self.thin:
             warnings.warn(_too_few(self.tokens, self.thin), stacklevel=3)
         return tuple(self.found), tuple(left)
@@ -250,7 +269,7 @@ class _Run:
         factor = None
         if self.settings.correct:
             written = {path: out for path, out in outputs[0].items() if path in writers}
-            factor = added_factor(self.dense.hidden[0], after[0], written)
+            factor = self.dense.factor(writers, written, after[0])
         if f"layers.{layer}" not in self.plan.dropped:
             here = _Layer(self, outputs, [path for path in outputs[0] if path in writers], factor)
             for path in outputs[0]:  # in the order of execution
@@ -279,14 +298,15 @@ class _Layer:
     def fit(self, reader: Reader) -> None:
         """Collect the sums of a reader, solve, and write the new weights into the pruned model."""
         run = self.run
-        module = run.pruned.layers[run.pruned.at].get_submodule(reader.path)
-        if not isinstance(getattr(module, "weight", None), Tensor):
+        module = dict(run.pruned.layers[run.pruned.at].named_modules()).get(reader.path)
+        if module is None or not isinstance(getattr(module, "weight", None), Tensor):
             return  # its sublayer was dropped
         dense = run.dense.layers[run.dense.at].get_submodule(reader.path)
         weight = reader.columns(dense)
         bias = getattr(module, "bias", None)
         bias = None if bias is None else bias.detach().double()
-        sums = [Statistics.empty(weight.shape[1], weight.shape[0], weight.device) for _ in range(2)]
+        outward, inward = weight.shape
+        sums = [Statistics.empty(inward, outward, weight.device, centred=bias is not None) for _ in range(2)]
         for piece, held in enumerate(run.held):
             tokens = self._tokens(piece, reader)
             if tokens is None:
@@ -313,18 +333,25 @@ class _Layer:
         return best_fit(fit, held, weight, bias, self.run.settings.ridges, start)
 
     def _tokens(self, piece: int, reader: Reader) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Inputs, targets and weights of one piece's tokens; None where the two models route differently."""
+        """Inputs, targets and weights of one piece's tokens; None where a router picks the tokens.
+
+        The two models may route differently, and then rows of the one belong to other tokens than rows of the
+        other, even where there are as many.
+        """
         run = self.run
         earlier = self.writers[: self.writers.index(reader.path)] if reader.path in self.writers else []
         inputs, written = run.pruned.run(piece, self._present(earlier), stop=reader.path)
+        if inputs is None or reader.path not in self.outputs[piece]:
+            return None
         inputs, target = _rows(inputs), _rows(self.outputs[piece][reader.path])
-        if len(inputs) != len(target):
+        state = _rows(run.dense.hidden[piece]).to(target.device)
+        if len(inputs) != len(target) or len(target) < len(state):
             return None
         target = _kept(target, reader)
-        state = _rows(run.dense.hidden[piece])
         if self.factor is not None and reader.path in self.writers:
             state = state + self.factor * sum(_rows(self.outputs[piece][path]) for path in earlier)
-            here = _rows(run.pruned.hidden[piece]) + self.factor * sum(map(_rows, written.values()))
+            here = _rows(run.pruned.hidden[piece]).to(target.device)
+            here = here + self.factor * sum(map(_rows, written.values()))
             target = target + (_kept(state, reader) - here) / self.factor
         if run.settings.weighting == "none" or len(state) != len(inputs):
             return inputs, target, torch.ones(len(inputs), device=inputs.device)

@@ -21,30 +21,43 @@ from torch import Tensor
 
 @dataclass
 class Statistics:
-    """Sums over tokens, in float64: all that a fit needs, whatever the number of tokens."""
+    """Sums over tokens, in float64: all that a fit needs, whatever the number of tokens.
+
+    Where the reader has a bias, h and T are taken from an origin, the means of the first piece: products of
+    large means in float32 would round away what lies around them, and C less its mean would not be positive.
+    """
 
     second: Tensor  # C [in, in]
     cross: Tensor  # B [out, in]
     inputs: Tensor  # Σ w h [in]
     targets: Tensor  # Σ w T [out]
+    centred: bool = False
+    origin: tuple[Tensor, Tensor] | None = None  # of h [in] and of T [out]
     energy: float = 0.0  # Σ w ‖T‖²
+    scale: float = 0.0  # the same with T as given, not from the origin
     weight: float = 0.0  # Σ w
     tokens: int = 0
 
     @classmethod
-    def empty(cls, inward: int, outward: int, device: torch.device) -> Statistics:
+    def empty(cls, inward: int, outward: int, device: torch.device, *, centred: bool = False) -> Statistics:
         """No tokens yet."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(zeros(inward, inward), zeros(outward, inward), zeros(inward), zeros(outward))
+        return cls(zeros(inward, inward), zeros(outward, inward), zeros(inward), zeros(outward), centred)
 
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Take in tokens: ``[n, in]``, ``[n, out]``, ``[n]``."""
         wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         root = weights.to(wide).sqrt()[:, None]
-        h, t = inputs.to(wide) * root, targets.to(wide) * root
+        h, t = inputs.to(wide), targets.to(wide)
+        self.scale += float((t * root).double().square().sum())
+        if self.centred:
+            share = (weights / weights.sum()).to(wide)
+            self.origin = self.origin or (share @ h, share @ t)
+            h, t = h - self.origin[0], t - self.origin[1]
+        h, t = h * root, t * root
         self.second += h.T @ h
         self.cross += t.T @ h
         self.inputs += (h * root).sum(0)
@@ -53,12 +66,21 @@ class Statistics:
         self.weight += float(weights.double().sum())
         self.tokens += len(inputs)
 
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of h ``[in]`` and T ``[out]``, weighted."""
+        mean, centre = self.inputs / self.weight, self.targets / self.weight
+        return (mean, centre) if self.origin is None else (mean + self.origin[0], centre + self.origin[1])
+
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Σ w ‖W h + b − T‖² over Σ w ‖T‖²."""
+        if self.origin is not None:
+            moved = weight @ self.origin[0].to(weight) - self.origin[1]
+            bias = moved if bias is None else bias + moved
         error = self.energy + float((weight @ self.second * weight).sum() - 2 * (weight * self.cross).sum())
         if bias is not None:
             error += float(2 * bias @ (weight @ self.inputs - self.targets) + self.weight * bias @ bias)
-        return error / self.energy if self.energy else 0.0
+        return error / self.scale if self.scale else 0.0
 
     @property
     def finite(self) -> bool:
@@ -89,14 +111,15 @@ def ridge_fit(
     """W' and b' for one λ; see the module."""
     second, cross = statistics.second, statistics.cross
     if bias is not None:
-        mean, centre = statistics.inputs / statistics.weight, statistics.targets / statistics.weight
-        second = second - statistics.weight * torch.outer(mean, mean)
-        cross = cross - statistics.weight * torch.outer(centre, mean)
+        sums, total = (statistics.inputs, statistics.targets), statistics.weight
+        second = second - torch.outer(sums[0], sums[0]) / total
+        cross = cross - torch.outer(sums[1], sums[0]) / total
     shrink = ridge * float(second.diagonal().mean())
     # The weights' change is solved for, so that directions without evidence stay exactly as they were.
     system = second + (shrink + 1e-9 * float(second.diagonal().mean())) * torch.eye(len(second)).to(second)
     change = torch.cholesky_solve((cross - weight @ second).T, torch.linalg.cholesky(system)).T
     fitted = weight + change
+    mean, centre = statistics.means
     return fitted, None if bias is None else centre - fitted @ mean
 
 
@@ -111,7 +134,8 @@ def best_fit(
     """The fit whose λ is best on held-out tokens, or no change if none helps.
 
     The search walks from one λ downhill and stops where neither neighbour is better, which is the best of all
-    where the error falls and then rises with λ. Each fit is a solve of the reader's width.
+    where the error falls and then rises with λ. Each fit is a solve of the reader's width; one that has no
+    solution (inputs that are zero, or too few tokens for a λ of 0) counts as no help.
 
     Args:
         fit, held: sums over the tokens that are fitted on, and over the others.
@@ -127,13 +151,19 @@ def best_fit(
     def at(place: int) -> float:
         nonlocal found
         if place not in errors:
-            fitted, moved = ridge_fit(fit, weight, bias, ordered[place])
+            try:
+                fitted, moved = ridge_fit(fit, weight, bias, ordered[place])
+            except torch.linalg.LinAlgError:
+                errors[place] = float("inf")
+                return errors[place]
             errors[place] = held.error(fitted, moved)
             if errors[place] < found.after:  # only the best is held: a fit is as large as the weights
                 found = Fit(fitted, moved, ordered[place], before, errors[place])
         return errors[place]
 
     place = ordered.index(start) if start in ordered else len(ordered) // 2
+    while at(place) == float("inf") and place + 1 < len(ordered):  # more shrinkage makes it solvable
+        place += 1
     while (best := min((place, place - 1, place + 1), key=at)) != place:
         place = best
     return found
@@ -148,7 +178,7 @@ def mean_fit(fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | N
 
     so that W' m = W m + δ with the least change Σ d_j ΔW_j². It reads the diagonal of C alone.
     """
-    mean, centre = fit.inputs / fit.weight, fit.targets / fit.weight
+    mean, centre = fit.means
     missing = centre - weight @ mean - (0 if bias is None else bias)
     before = held.error(weight, bias)
     if bias is not None:

@@ -59,11 +59,11 @@ def set_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None = None) ->
 
 def _matrices(layer: nn.Module, prefix: str) -> Iterator[tuple[str, str, int, int]]:
     """``(path, weight, input dimension, output dimension)`` of the linear modules of a layer."""
-    for path, module in layer.named_modules():
+    for path, module in layer.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            yield path, f"{prefix}.{path}.weight", 1, 0
+            yield path, f"{prefix}{path}.weight", 1, 0
         elif isinstance(module, Conv1D):
-            yield path, f"{prefix}.{path}.weight", 0, 1
+            yield path, f"{prefix}{path}.weight", 0, 1
 
 
 def readers_of(layer: nn.Module, prefix: str, plan: PruningPlan) -> list[Reader]:
@@ -73,20 +73,44 @@ def readers_of(layer: nn.Module, prefix: str, plan: PruningPlan) -> list[Reader]
     """
     found = []
     shared = set(plan.dependencies.aliases.values())
-    for path, weight, inward, outward in _matrices(layer, prefix):
+    for path, weight, inward, outward in _matrices(layer, f"{prefix}."):
         kept = plan.kept_indices(weight)
         if inward in kept and weight not in shared and weight not in plan.dependencies.aliases:
             found.append(Reader(path, weight, kept[inward], kept.get(outward)))
     return found
 
 
-def left_as_cut(plan: PruningPlan, read: set[str]) -> list[str]:
-    """Parameters that read removed channels and are none of the ``read`` weights.
+def left_as_cut(model: nn.Module, plan: PruningPlan, read: set[str]) -> list[str]:
+    """Weights that read removed channels and are none of the ``read`` ones.
 
-    A family's last slice belongs to what reads it last.
+    A linear module says which of its dimensions is read. Of a weight without one (experts in one tensor,
+    routers) this is known from families: the last slice of a family reads it, and a residual channel is read
+    by the weights that do not read another family.
     """
-    last = {plan.dependencies.family(name).slices[-1].parameter for name in plan.removal}
-    return sorted(last - read)
+    dependencies = plan.dependencies
+    inward = {weight: dim for _, weight, dim, _ in _matrices(model, "")}
+    tables = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    names: dict[str, list[str]] = {}
+    for alias, parameter in dependencies.aliases.items():
+        names.setdefault(parameter, []).append(alias)
+    last = {
+        (family.slices[-1].parameter, family.slices[-1].dim)
+        for family in dependencies.families
+        if family.kind != "hidden_channel"
+    }
+    behind = {parameter for parameter, _ in last}
+    found: set[str] = set()
+    for family in map(dependencies.family, plan.removal):
+        for piece in family.slices:
+            own = (piece.parameter, *names.get(piece.parameter, ()))
+            linear = [name for name in own if name in inward]
+            if linear:
+                found.update([name for name in linear if inward[name] == piece.dim][:1])
+            elif piece.parameter not in tables and len(dependencies.shapes[piece.parameter]) > 1:
+                streams = family.kind == "hidden_channel"
+                reads = piece.parameter not in behind if streams else (piece.parameter, piece.dim) in last
+                found.update([piece.parameter] if reads else [])
+    return sorted(found - read)
 
 
 def residual_writers(dependencies: DependencyMap, layer: nn.Module, prefix: str) -> list[str]:
@@ -99,6 +123,6 @@ def residual_writers(dependencies: DependencyMap, layer: nn.Module, prefix: str)
     }
     return [
         path
-        for path, weight, _, outward in _matrices(layer, prefix)
+        for path, weight, _, outward in _matrices(layer, f"{prefix}.")
         if (dependencies.aliases.get(weight, weight), outward) in residual
     ]

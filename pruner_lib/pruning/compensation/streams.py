@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -35,7 +36,7 @@ class Stream:
 
     def run(
         self, piece: int, watched: Iterable[str], stop: str | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Run the current layer on one piece.
 
         Args:
@@ -44,33 +45,27 @@ class Stream:
             stop: a module before which to stop.
 
         Returns:
-            The layer's output (the input of ``stop`` where given), and the outputs of the watched
-            modules that ran.
+            The layer's output (the input of ``stop`` where given, None if it was not called), and the
+            outputs of the watched modules that ran.
         """
-        layer = self.layers[self.at]
-        outputs: dict[str, Tensor] = {}
-        reached: list[Tensor] = []
+        return _run(self._call(piece), self.hidden[piece], watched, stop)
 
-        def watch(path: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                outputs[path] = hidden_of(output)
+    def factor(self, writers: Iterable[str], written: Mapping[str, Tensor], after: Tensor) -> float | None:
+        """c where the current layer is ``after = before + c · Σ written``, or None where it is not.
 
-            return hook
+        Half precision may round a residual stream by more than a sublayer changes it; there a copy of the
+        layer in float32 is asked.
 
-        def halt(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            reached.append(args[0])
-            raise _Enough
-
-        with ExitStack() as stack:
-            for path in watched:
-                handle = layer.get_submodule(path).register_forward_hook(watch(path))
-                stack.callback(handle.remove)
-            if stop is not None:
-                stack.callback(layer.get_submodule(stop).register_forward_pre_hook(halt).remove)
-            try:
-                return self._call(piece)(self.hidden[piece]), outputs
-            except _Enough:
-                return reached[0], outputs
+        Args:
+            writers: paths of the modules that may write into the stream.
+            written: what they returned on the first piece.
+            after: what the layer returned.
+        """
+        before = self.hidden[0]
+        if before.dtype in (torch.float16, torch.bfloat16):
+            before = before.float()
+            after, written = _run(_in_float32(self._call(0)), before, writers)
+        return added_factor(before, after, written)
 
     def advance(self, hidden: list[Tensor]) -> None:
         """Go on to the next layer, whose inputs these are."""
@@ -78,6 +73,48 @@ class Stream:
 
     def _call(self, piece: int) -> Call:
         return self._calls[piece][self.at]
+
+
+def _run(
+    call: Call, hidden: Tensor, watched: Iterable[str], stop: str | None = None
+) -> tuple[Any, dict[str, Tensor]]:
+    """See :meth:`Stream.run`."""
+    outputs: dict[str, Tensor] = {}
+    reached: list[Tensor] = []
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[path] = hidden_of(output)
+
+        return hook
+
+    def halt(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        reached.append(args[0])
+        raise _Enough
+
+    with ExitStack() as stack:
+        for path in watched:
+            handle = call.layer.get_submodule(path).register_forward_hook(watch(path))
+            stack.callback(handle.remove)
+        if stop is not None:
+            stack.callback(call.layer.get_submodule(stop).register_forward_pre_hook(halt).remove)
+        try:
+            after = call(hidden)
+        except _Enough:
+            return reached[0], outputs
+    return (None if stop is not None else after), outputs
+
+
+def _in_float32(call: Call) -> Call:
+    """The same call of a copy of the layer."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(wide, value))
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    kwargs = {name: wide(value) for name, value in call.kwargs.items()}
+    return Call(copy.deepcopy(call.layer).float(), wide(call.args), kwargs, call.place, call.rest)
 
 
 def _recorded_calls(model: nn.Module, pieces: list[Tensor]) -> list[list[Call]]:
@@ -113,10 +150,11 @@ def added_factor(before: Tensor, after: Tensor, written: Mapping[str, Tensor]) -
 
     Layers that norm what a sublayer returned, or scale the residual, are not of this form.
     """
-    if not written:
-        return None
-    total = torch.stack([output.reshape(before.shape).double() for output in written.values()]).sum(0)
-    change = after.double() - before.double()
+    if not written or any(output.numel() != before.numel() for output in written.values()):
+        return None  # no writers, or some that see a part of the tokens only (experts)
+    parts = [output.reshape(before.shape).to(before.device).double() for output in written.values()]
+    total = torch.stack(parts).sum(0)
+    change = after.to(before.device).double() - before.double()
     scale = float((total * total).sum())
     if scale == 0:
         return None
