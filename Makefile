@@ -9,7 +9,8 @@
 #                                         then every notebook under nbval
 #   make exhaustive                       the slow tests too: every architecture, the notebooks on a second model
 #   make notebooks                        execute the committed notebooks in place
-#   make reproduce                        nbval at one thread and at two (NOTEBOOKS=… some of them)
+#   make reproduce                        nbval at one thread and at two (NOTEBOOKS=… some of them, ROUNDS=3
+#                                         three times in a row)
 #   make site                             all notebooks and pages as one static site, in runs/site
 #
 # PYTHON=… picks the interpreter (3.11 or newer), VENV=… the environment's folder.
@@ -20,6 +21,7 @@ DEVICE ?=
 FRESH ?=
 LAB ?= notebooks
 OUT ?= student
+ROUNDS ?= 1
 SUITABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3 python; do \
 	"$$candidate" -c "$(SUITABLE)" >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
@@ -75,8 +77,9 @@ notebooks: assets
 	"$(BIN)/python" docs/readme.py
 
 reproduce: assets
-	for threads in 1 2; do \
-		OMP_NUM_THREADS=$$threads "$(BIN)/python" -m pytest --nbval --nbval-current-env $(NOTEBOOKS) || exit 1; done
+	for threads in $(foreach round,$(shell seq $(ROUNDS)),1 2); do \
+		OMP_NUM_THREADS=$$threads "$(BIN)/python" -m pytest --nbval --nbval-current-env \
+			-n $$((3 - threads)) --dist loadfile $(NOTEBOOKS) || exit 1; done
 
 site: $(STAMP)
 	"$(BIN)/python" docs/site/build.py

@@ -30,6 +30,7 @@ from pruner_lib.assets.files import write_whole
 from pruner_lib.pruning import Compensated, Compensation
 
 TESTS = ("wikitext2", "c4", "books")
+MIXED = "all three"
 LENGTHS = (128, 1024)
 SHARES = {"10 %": 0.9, "20 %": 0.8, "30 %": 0.7, "50 %": 0.5}
 HEADS_AND_NEURONS = ("attention_head", "mlp_neuron")
@@ -46,7 +47,7 @@ class Case:
         scope: ``"local"``, ``"global"`` (standardised), ``"nats"`` (scaled to the loss).
         what: ``"neurons"``, ``"heads, neurons"``, ``"blocks"`` or ``"blocks, neurons"``.
         compensation: None, ``"bias"`` or ``"ridge"``.
-        calibration: kind of text for scores and compensation.
+        calibration: kind of text for scores and compensation, or ``MIXED``.
         seed: of its draws.
     """
 
@@ -97,7 +98,7 @@ def cases() -> list[Case]:
     found += [
         vary(BEST, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in (None, "ridge")
     ]
-    found += [vary(BEST, calibration=text) for text in ("c4", "books")]
+    found += [vary(BEST, calibration=text) for text in ("c4", "books", MIXED)]
     found += [
         vary(BEST, scope="local", what=what, compensation="ridge") for what in ("neurons", "heads, neurons")
     ]
@@ -147,10 +148,14 @@ class Bench:
         return pl.discover(self.dense[0])
 
     def batches(self, case: Case, windows: int, shift: int = 0) -> torch.Tensor:
-        seed = 10 * case.seed + shift
-        return pl.load_calibration(
-            self.dense[1], source=case.calibration, num_samples=windows, seq_len=128, seed=seed
-        )
+        """Calibration windows; of mixed text, as many of each kind, in turn."""
+        kinds = TESTS if case.calibration == MIXED else (case.calibration,)
+        count, seed = -(-windows // len(kinds)), 10 * case.seed + shift
+        found = [
+            pl.load_calibration(self.dense[1], source=kind, num_samples=count, seq_len=128, seed=seed)
+            for kind in kinds
+        ]
+        return torch.stack(found, 1).flatten(0, 1)[:windows]
 
     def scores(self, case: Case) -> dict[str, torch.Tensor]:
         """Of every family and layer that the case may remove."""

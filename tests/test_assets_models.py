@@ -84,6 +84,8 @@ def test_folder_without_weights_is_an_asset_error(folder):
     ("options", "message"),
     [
         ({"device": "gpu"}, "unknown to torch"),
+        ({"device": "mps"}, "'mps' was asked for.*float64, which MPS lacks; give 'cpu'"),
+        ({"device": torch.device("mps", 0)}, "'mps:0' was asked for"),
         ({"dtype": "int8"}, "not a floating"),
         ({"dtype": "float7"}, "float32"),
     ],

@@ -5,9 +5,19 @@ import torch
 from test_evaluation_perplexity import tiny_llama
 from torch import nn
 
-from pruner_lib.evaluation import EvaluationError, count_cost, measure_latency, measure_memory
-from pruner_lib.evaluation.latency import Latency
+from pruner_lib.evaluation import (
+    EvaluationError,
+    count_cost,
+    evaluate,
+    measure_latency,
+    measure_memory,
+    measuring,
+)
+from pruner_lib.evaluation.latency import Latency, _wait
 from pruner_lib.evaluation.memory import _allocated_by
+from pruner_lib.recovery import RecoverySettings
+from pruner_lib.recovery.adapters import attach_lora
+from pruner_lib.recovery.training import quiet
 
 CPU = torch.device("cpu")
 
@@ -69,6 +79,94 @@ def test_refuses_with_a_reason(arguments, message):
 def test_refuses_a_model_without_weights():
     with pytest.raises(EvaluationError, match="meta device"):
         measure_memory(tiny_llama().to("meta"))
+
+
+WORDS = 5000
+ALL_LOGITS = 4 * 47 * WORDS  # bytes of those that only one who wants every position's has
+
+
+def wordy_llama():
+    """Of a vocabulary that outweighs everything else."""
+    model = tiny_llama(torch.float32)
+    model.resize_token_embeddings(WORDS)
+    return model
+
+
+class Around(nn.Module):
+    """A model behind a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = wordy_llama()
+
+
+class Cached(Around):
+    """Decodes with a cache, but makes the logits of every position."""
+
+    def forward(self, input_ids, use_cache=False, past_key_values=None):
+        return self.inner(input_ids, use_cache=use_cache, past_key_values=past_key_values)
+
+
+class Uncached(Around):
+    def forward(self, input_ids, use_cache=False):
+        return self.inner(input_ids, use_cache=False)
+
+
+class Bare(Around):
+    def forward(self, input_ids):
+        return self.inner(input_ids, use_cache=False).logits
+
+
+class Forgetful(Around):
+    """Takes everything, keeps nothing."""
+
+    def forward(self, input_ids, **others):
+        return self.inner(input_ids, use_cache=False)
+
+
+def test_a_model_that_makes_all_logits_is_measured_with_them():
+    found, kept = (measure_memory(model, prompt_len=48) for model in (Cached(), wordy_llama()))
+    assert found.weight_bytes == kept.weight_bytes
+    assert found.working_bytes > kept.working_bytes + ALL_LOGITS / 2
+    (row,) = measure_latency({"m": Cached()}, prompt_lengths=(8,), new_tokens=2, repeats=1).rows
+    assert row.first_token > 0
+
+
+def test_an_adapted_model_is_asked_for_the_last_logits_as_its_base_is():
+    plain = measure_memory(wordy_llama(), prompt_len=48)
+    with quiet():
+        adapted = measure_memory(attach_lora(wordy_llama(), RecoverySettings(rank=1)), prompt_len=48)
+    assert adapted.working_bytes < plain.working_bytes + ALL_LOGITS / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Uncached, r"Uncached.forward takes input_ids, use_cache, but not past_key_values\. Leave it out"),
+        (Bare, r"Bare.forward takes input_ids, but not use_cache and past_key_values"),
+        (Forgetful, "Forgetful returned CausalLMOutputWithPast without past_key_values"),
+    ],
+)
+def test_a_missing_cache_is_named_before_anything_is_measured(monkeypatch, kind, message):
+    model, good = kind(), tiny_llama(torch.float32)
+    with pytest.raises(EvaluationError, match=f"measuring memory decodes with a KV cache.*{message}"):
+        measure_memory(model, prompt_len=8)
+    with pytest.raises(EvaluationError, match=f"measuring the latency of 'm' decodes.*{message}"):
+        measure_latency({"m": model}, prompt_lengths=(8,))
+    monkeypatch.setattr(
+        measuring, "perplexity", lambda *a, **k: pytest.fail("measured before it was refused")
+    )
+    for asked in ({"memory": {}}, {"latency": {}}):
+        with pytest.raises(EvaluationError, match=f"model 'odd': .*{message}"):
+            evaluate({"good": good, "odd": model}, None, text=torch.arange(40), seq_len=8, **asked)
+
+
+def test_a_clock_waits_for_the_device_it_is_asked_about(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in ("cpu", "cuda:1", "mps"):
+        _wait(torch.device(device))
+    assert waited == [torch.device("cuda:1"), torch.device("mps")]
 
 
 def latency(**changes):

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from plain import WIDTH, Decoder, TorchBlock
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pruner_lib.evaluation import EvaluationError, Perplexity, perplexity
+from pruner_lib.evaluation import EvaluationError, Perplexity, evaluate, perplexity
 
 VOCABULARY = 50
 
@@ -54,6 +56,35 @@ def test_equals_a_plain_loop_and_drops_the_tail():
     assert float(found) == pytest.approx(expected, rel=1e-12)
     # The tail of 7 tokens changes nothing.
     assert perplexity(model, None, ids[:60], seq_len=12) == found
+
+
+class Logits(nn.Module):
+    """A module that knows of no cache and returns nothing but logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_llama()
+
+    def forward(self, input_ids):
+        return self.inner(input_ids, use_cache=False).logits
+
+
+class Positional(Logits):
+    def forward(self, ids):
+        return (super().forward(ids),)
+
+
+@pytest.mark.parametrize("kind", [Logits, Positional])
+def test_any_module_from_token_ids_to_logits_will_do(kind):
+    expected = perplexity(tiny_llama(), None, stream(60), seq_len=12)
+    assert perplexity(kind(), None, stream(60), seq_len=12) == expected
+
+
+def test_a_plain_module_has_a_report():
+    plain = Decoder(TorchBlock, lambda: nn.LayerNorm(WIDTH))
+    report = evaluate({"m": plain}, None, text=stream(60), seq_len=12)
+    assert report["m"].cost.macs > 0
+    assert report["m"].perplexity == perplexity(plain, None, stream(60), seq_len=12, source="text")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])

@@ -17,10 +17,17 @@ from torch import nn
 from zoo import tiny
 
 from pruner_lib.discovery import discover
-from pruner_lib.importance import estimate_importance
-from pruner_lib.importance.calibration import untouched
+from pruner_lib.importance import (
+    element_scores,
+    estimate_importance,
+    measure_importance,
+    scale_to_loss,
+    score_layers,
+)
+from pruner_lib.importance.calibration import micro_batches, untouched
 from pruner_lib.importance.chain import NotAChain, record
 from pruner_lib.importance.gradients import Fold, Passes, check_chain, choose, handing_over, layered_passes
+from pruner_lib.pruning import compensate, drop_greedily, plan_pruning, prune
 
 
 class Bar:
@@ -201,6 +208,54 @@ def test_running_out_of_memory_names_the_knobs():
             estimate_importance(model, dependencies, tokens_of(3, 5), criterion=criterion)
     assert_unchanged(model, before)
     handle.remove()
+
+
+def other_passes(model, batches):
+    """Calls that run text through a model and have neither ``families`` nor ``accumulate``, by name."""
+    dependencies = discover(model)
+    scores = estimate_importance(model, dependencies, None, criterion="l2")
+    plan = plan_pruning(dependencies, scores, ratio=0.25)
+    pruned = prune(model, plan)
+    neurons = dependencies.select("mlp_neuron")[0].name
+    return {
+        "score_layers": lambda: score_layers(model, dependencies, batches),
+        "scale_to_loss": lambda: scale_to_loss(model, dependencies, scores, batches),
+        "measure_importance": lambda: measure_importance(model, dependencies, batches, neurons),
+        "element_scores": lambda: element_scores(model, ["lm_head.weight"], batches),
+        "compensate": lambda: compensate(model, pruned, plan, batches),
+        "drop_greedily": lambda: drop_greedily(model, dependencies, batches, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["score_layers", "scale_to_loss", "measure_importance", "element_scores", "compensate"]
+)
+def test_advice_names_no_argument_that_the_call_lacks(name):
+    model = tiny_llama()
+    call = other_passes(model, tokens_of(3, 5))[name]
+
+    def full(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[1].register_forward_pre_hook(full)
+    with pytest.raises(MemoryError, match=r"tokens; lower micro_batch_size or use shorter sequences$"):
+        call()
+
+
+@pytest.mark.parametrize("name", ["score_layers", "scale_to_loss", "measure_importance", "drop_greedily"])
+def test_a_loss_that_is_not_finite_ends_every_call_alike(name):
+    model = tiny_llama()
+    call = other_passes(model, tokens_of(3, 5))[name]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"up_proj\. No scores, plan or model were made"):
+        call()
+
+
+def test_a_size_below_one_is_refused_with_what_is_true_of_every_caller():
+    # None is all sequences for some callers, about 2048 tokens for others.
+    with pytest.raises(ValueError, match=r"must be at least 1, not 0: .*leave it out to have it chosen"):
+        micro_batches(tokens_of(3, 5), 0)
 
 
 def test_the_cpu_allocators_failure_is_out_of_memory_too():

@@ -106,5 +106,5 @@ def test_bad_input(case):
         scale_to_loss(model, dependencies, negative, batches)
     with pytest.raises(ValueError, match="no family to scale"):
         scale_to_loss(model, dependencies, scores, batches, families=[])
-    with pytest.raises(ValueError, match="micro_batch_size.*at least 1"):
+    with pytest.raises(ValueError, match=r"micro_batch_size.*at least 1"):
         scale_to_loss(model, dependencies, scores, batches, micro_batch_size=0)

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from recovery_models import tiny_llama
 from test_recovery_sources import wide_tokenizer
+from torch.distributed import HashStore
 
 from pruner_lib import ImportanceScores, load_pruned, prune
 from pruner_lib.__main__ import main
 from pruner_lib.pipeline import EXAMPLE, PipelineError, read_config, run_pipeline, running
+from pruner_lib.pipeline.processes import call
 from pruner_lib.recovery import RecoverySettings
 
 CONFIG = """
@@ -192,19 +195,42 @@ def test_the_command_needs_a_file_and_names_a_missing_one(tmp_path, capsys):
         main([])
 
 
+@pytest.mark.parametrize("recover", [True, False])
+def test_a_further_process_waits_for_the_first_ones_word_whatever_lies_in_the_folder(
+    place, monkeypatch, recover
+):
+    """With the files of a finished run in place, as ``--fresh`` finds them."""
+    config = read_config(place / "run.toml", output=place / "out")
+    run_pipeline(config, report=lambda line: None)
+    store, joined = HashStore(), []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(running, "open_store", lambda: store)
+    monkeypatch.setattr(running._Run, "recover", lambda run: joined.append(run))
+    with ThreadPoolExecutor(1) as pool:
+        further = pool.submit(run_pipeline, config, fresh=True)
+        with pytest.raises(TimeoutError):
+            further.result(timeout=1.5)
+        assert not joined
+        call(store, 1, recover=recover)
+        assert further.result(timeout=30) == config.output
+    assert len(joined) == recover
+
+
 @pytest.mark.slow
 def test_torchrun_recovers_on_two_processes_with_the_same_result(place):
-    """The first process runs every stage, the second joins it in the recovery."""
+    """The first process runs every stage, the second joins it in the recovery; again with ``--fresh``."""
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "pruner_lib", str(place / "run.toml"), "--output", str(place / "two"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    for again in ([], [], ["--fresh"]):
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                "-m", "pruner_lib", str(place / "run.toml"), "--output", str(place / "two"), *again,
+            ],
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
     run_pipeline(read_config(place / "run.toml", output=place / "one"), report=lambda line: None)
     losses = []
     for name in ("one", "two"):

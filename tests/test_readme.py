@@ -6,6 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -42,6 +44,42 @@ def test_links_and_commands_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make (\w+)", TEXT):
         assert f"\n{target}:" in makefile, target
+
+
+def test_files_and_commands_that_contributors_are_told_of_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.findall(r"\b(?:tests|studies|docs|data|pruner_lib)/[\w/]+\.\w+", text)
+    assert len(files) > 5
+    # NN stands for a notebook's number.
+    missing = [name for name in files if not (ROOT / name.replace("_NN.", "_01.")).exists()]
+    assert missing == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z]+)", text))
+    assert [target for target in named if f"\n{target}:" not in makefile] == []
+    for study in re.findall(r"`python (studies/\w+\.py)`", text):
+        (page,) = re.findall(r'"--page".*Path\("(.+)"\)', (ROOT / study).read_text(encoding="utf-8"))
+        assert f"`{page}`" in text, f"{study} writes {page}"
+
+
+def test_the_second_recipe_measures_no_family_that_it_does_not_plan():
+    from recovery_models import tiny_llama
+
+    import pruner_lib as pl
+    from pruner_lib.pruning.presets import PRESETS
+
+    code = TEXT.split("```python")[2].split("```")[0]
+    model = tiny_llama()
+    dependencies = pl.discover(model)
+    ids = torch.randint(40, (20, 12), generator=torch.Generator().manual_seed(0))
+    names = {name: getattr(pl, name) for name in pl.__all__}
+    names |= {"model": model, "tokenizer": None, "dependencies": dependencies}
+    names |= {"load_calibration": lambda tokenizer, **asked: ids}
+    names["scores"] = pl.estimate_importance(model, dependencies, ids)
+    assert "hidden_channel" in {dependencies.family(name).kind for name in names["scores"]}
+    exec(code, names)
+    measured = {dependencies.family(name).kind for name in names["nats"]}
+    assert measured == set(PRESETS["best"].kinds)
+    assert set(names["plan"].removal) <= set(names["nats"])
 
 
 def test_the_ten_lines_name_public_functions_only():

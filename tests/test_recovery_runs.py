@@ -14,7 +14,7 @@ import torch
 from recovery_models import QUICK, counting, same, snapshot, tiny_llama
 
 from pruner_lib.recovery import CheckpointWriteError, Distillation, RecoveryError, RecoverySettings, recover
-from pruner_lib.recovery.training import order_of_examples
+from pruner_lib.recovery.training import order_of_examples, training_arguments
 
 TESTS = Path(__file__).resolve().parent
 RUN = {**QUICK, "max_steps": 9, "dropout": 0.1, "checkpoint_every": 2, "evaluate_every": 3}
@@ -204,6 +204,23 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecoveryError, match="batch_size 4 cannot be dealt out to 3 processes"):
         recover(tiny_llama(), None, counting(), settings=RecoverySettings(**QUICK), progress=False)
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:0", "cuda:1"])
+def test_training_stays_on_the_models_device_where_there_are_two_gpus(tmp_path, monkeypatch, place):
+    """On a machine that claims to have them: which device the trainer is given, and which GPU is current."""
+    from accelerate.state import AcceleratorState
+
+    current = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    arguments = training_arguments(RecoverySettings(bf16=False), torch.device(place), 3, str(tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the claim nothing may be left
+    assert arguments.device == torch.device(place)
+    assert arguments.n_gpu == (place != "cpu")
+    assert current[-1:] == ([] if place == "cpu" else [torch.device(place)])
 
 
 def test_the_order_of_examples_is_shuffled_passes():

@@ -113,7 +113,7 @@ def test_the_quality_study_varies_what_the_issue_asks_for(monkeypatch, tmp_path)
     best = [case for case in cases if case.scope == "nats" and case.criterion == quality.BEST.criterion]
     assert {case.cut for case in best} >= set(quality.SHARES)
     assert {case.seed for case in best} == {0, 1, 2}
-    assert {case.calibration for case in best} == {"wikitext2", "c4", "books"}
+    assert {case.calibration for case in best} == {"wikitext2", "c4", "books", quality.MIXED}
     assert {case.what for case in best} == {"heads, neurons", "blocks", "blocks, neurons"}
     for scope in ("local", "global", "nats"):
         compared = {(c.criterion, c.compensation) for c in cases if c.scope == scope and c.cut == "20 %"}

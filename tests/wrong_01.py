@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of notebook 01."""
 
-from pruner_lib.course.checks_01 import _closure
+from pruner_lib.course.checks_01 import _closure, _whole_neighbourhoods
 
 
 def strided_queries(kv_head, num_heads, num_kv_heads, head_dim):
@@ -31,6 +31,7 @@ WRONG = {
         "Only the second rule": lambda edges, start: _closure(edges, start, rules=(2,)),
         "That is one step": lambda edges, start: _closure(edges, start, steps=1),
         "degrees are swapped": lambda edges, start: _closure(edges, start, swapped=True),
+        "`out` stays": _whole_neighbourhoods,
         "holds the start as well": lambda edges, start: _closure(edges, start) - {start},
     },
     "1.2": {

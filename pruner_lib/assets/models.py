@@ -51,7 +51,7 @@ def load_model(
         UnknownAssetError: the name is none of the three, or the folder is not there.
         DownloadError: the default model is not in the cache and cannot be downloaded.
         AssetError: the hub or the folder has no loadable model of that name.
-        ValueError: device or dtype is not one that torch knows, or CUDA is asked for and absent.
+        ValueError: device or dtype is not one that torch knows, CUDA is asked for and absent, or MPS is.
     """
     place = resolve_device(device)
     precision = _resolve_dtype(dtype, place)
@@ -67,7 +67,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or CUDA when there is one, else the CPU.
 
     Raises:
-        ValueError: torch does not know the device, or CUDA is asked for and absent.
+        ValueError: torch does not know the device, CUDA is asked for and absent, or it is Apple's MPS.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,6 +77,11 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(
             f"device {device!r} is unknown to torch; give 'cpu', 'cuda', 'cuda:0' or None"
         ) from error
+    if place.type == "mps":
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but losses and scores are summed in float64, which MPS "
+            "lacks; give 'cpu' or None"
+        )
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r} was asked for, but torch sees no CUDA device; give 'cpu' or None"

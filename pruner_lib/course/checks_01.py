@@ -43,6 +43,19 @@ def _closure(
     return group
 
 
+def _whole_neighbourhoods(edges: Edges, start: str) -> set[str]:
+    """A wrong reading of the rules: a neuron falls once all of its inputs, or all of its readers, have."""
+    group: set[str] = set()
+    new = {start}
+    while new:
+        group |= new
+        nodes = {node for edge in edges for node in edge} - group
+        inputs = {node: {a for a, b in edges if b == node} for node in nodes}
+        readers = {node: {b for a, b in edges if a == node} for node in nodes}
+        new = {n for n in nodes if any(side[n] and side[n] <= group for side in (inputs, readers))}
+    return group
+
+
 def check_dependent_group(dependent_group: Callable[[Edges, str], set[str]]) -> None:
     """Exercise 1.1, on a fan and on a gated MLP of two neurons."""
     for name, edges, start in (("FAN", FAN, "a"), ("FAN", FAN, "d"), ("GATED", GATED, "h1")):
@@ -60,6 +73,8 @@ def check_dependent_group(dependent_group: Callable[[Edges, str], set[str]]) -> 
                 "That is one step. Go on from the neurons just reached, until nothing new is.": _closure(
                     edges, start, steps=1
                 ),
+                "`out` stays: it has two inputs, and the rules count neighbours in the whole graph, "
+                "not those that are left.": _whole_neighbourhoods(edges, start),
                 "The degrees are swapped: a reader goes when it has no other input.": _closure(
                     edges, start, swapped=True
                 ),

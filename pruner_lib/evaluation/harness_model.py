@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pruner_lib.evaluation.running import EvaluationError, check_vocabulary
+from pruner_lib.evaluation.running import EvaluationError, check_vocabulary, keeps_last_logits
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context, continuation)
 
@@ -67,7 +66,7 @@ class HarnessModel(HFLM):
         self._asked: Sequence[Any] = ()
         self._batch_end = 0
         self._keep = 0
-        self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._can_keep = keeps_last_logits(model)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._asked = requests

@@ -23,6 +23,8 @@ from pruner_lib.evaluation.running import (
     check_models,
     evaluating,
     input_device,
+    last_logits,
+    require_cache,
     require_weights,
     vocabulary_size,
 )
@@ -156,7 +158,7 @@ def measure_latency(
 
     Raises:
         EvaluationError: no models, a number below its minimum, a prompt beyond a model's context, models
-            on different devices or on another than asked for.
+            on different devices or on another than asked for, a model without a KV cache.
     """
     checked = check_models(models)
     minima = {"new_tokens": (new_tokens, 2), "repeats": (repeats, 1)}
@@ -174,6 +176,7 @@ def measure_latency(
             )
         tokens = max(prompt_lengths, default=0) + new_tokens
         check_context(model, tokens, f"prompt and new tokens of {name!r}")
+        require_cache(model, f"measuring the latency of {name!r}")
     busy = _other_load()
     rows: list[Latency] = []
     for batch_size, prompt_len in product(batch_sizes, prompt_lengths):
@@ -221,10 +224,10 @@ def _take_turns(
 
 
 def _decode(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    tokens = prompt.to(input_device(model))
+    tokens, options = prompt.to(input_device(model)), last_logits(model)
     _wait(tokens.device)
     start = time.perf_counter()
-    out = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=tokens, use_cache=True, **options)
     latest = out.logits[:, -1:].argmax(-1)
     _wait(tokens.device)
     first = time.perf_counter()
@@ -237,10 +240,8 @@ def _decode(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, f
 
 def _wait(device: torch.device) -> None:
     """Kernels run on their own; a clock read before they end measures nothing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _rows(

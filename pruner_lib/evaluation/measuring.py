@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,13 @@ from pruner_lib.evaluation.latency import measure_latency
 from pruner_lib.evaluation.memory import measure_memory
 from pruner_lib.evaluation.perplexity import Perplexity, perplexity
 from pruner_lib.evaluation.report import EvaluationReport, EvaluationRow
-from pruner_lib.evaluation.running import EvaluationError, check_device, check_models, context_length
+from pruner_lib.evaluation.running import (
+    EvaluationError,
+    check_device,
+    check_models,
+    context_length,
+    require_cache,
+)
 from pruner_lib.evaluation.zero_shot import zero_shot as score_tasks
 
 if TYPE_CHECKING:
@@ -74,10 +81,14 @@ def evaluate(
     texts = {} if text is None else dict(text) if isinstance(text, Mapping) else {"text": text}
     lengths = (seq_len,) if isinstance(seq_len, int) else tuple(seq_len)
     options = {"max_tokens": max_tokens, "batch_size": batch_size, "bos": bos, "progress": progress}
+    for name, model in checked.items():
+        with _naming(name):  # before anything is measured: hours of it would be lost
+            check_device(model, device)
+            if memory is not None or latency is not None:
+                require_cache(model, "measuring memory or latency")
     rows = []
     for name, model in checked.items():
-        try:
-            check_device(model, device)
+        with _naming(name):
             row = EvaluationRow(
                 name,
                 count_cost(model, batch_size=cost_at[0], seq_len=cost_at[1]),
@@ -85,14 +96,21 @@ def evaluate(
                 None if zero_shot is None else score_tasks(model, _needed(tokenizer), **zero_shot),
                 None if memory is None else measure_memory(model, **memory),
             )
-        except EvaluationError as error:
-            raise EvaluationError(f"model {name!r}: {error}") from error
         rows.append(row)
     return EvaluationReport(
         tuple(rows),
         None if latency is None else measure_latency(checked, **latency),
         None if generation is None else generate(checked, _needed(tokenizer), **generation),
     )
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the model's name before what is refused."""
+    try:
+        yield
+    except EvaluationError as error:
+        raise EvaluationError(f"model {name!r}: {error}") from error
 
 
 def _perplexities(

@@ -17,6 +17,8 @@ from pruner_lib.evaluation.running import (
     check_counts,
     evaluating,
     input_device,
+    last_logits,
+    require_cache,
     require_weights,
 )
 
@@ -76,8 +78,8 @@ def measure_memory(model: nn.Module, *, batch_size: int = 1, prompt_len: int = 6
         prompt_len: tokens of each prompt.
 
     Raises:
-        EvaluationError: a number below 1, a prompt beyond the context, a model on the meta device, or on a
-            device whose allocations torch does not report.
+        EvaluationError: a number below 1, a prompt beyond the context, a model on the meta device, on a
+            device whose allocations torch does not report, or without a KV cache.
     """
     require_weights(model, "measuring memory")
     check_counts({"batch_size": (batch_size, 1), "prompt_len": (prompt_len, 1)})
@@ -87,6 +89,7 @@ def measure_memory(model: nn.Module, *, batch_size: int = 1, prompt_len: int = 6
         raise EvaluationError(
             f"torch reports no allocations on {device.type}; move the model to the CPU or to CUDA"
         )
+    require_cache(model, "measuring memory")
     resident = [*model.parameters(), *model.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in resident)
     prompt = torch.zeros((batch_size, prompt_len), dtype=torch.long, device=device)
@@ -109,7 +112,7 @@ def _silent_profiler() -> Iterator[None]:
 
 
 def _read_and_write(model: nn.Module, prompt: Tensor) -> None:
-    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=prompt, use_cache=True, **last_logits(model))
     latest = out.logits[:, -1:].argmax(-1)
     model(input_ids=latest, past_key_values=out.past_key_values, use_cache=True)
 

@@ -16,10 +16,10 @@ from pruner_lib.evaluation.running import (
     check_vocabulary,
     context_length,
     evaluating,
-    input_device,
     require_weights,
     weight_dtype,
 )
+from pruner_lib.importance.calibration import logits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,8 @@ def perplexity(
     tokens of the text, so that the first of these is predicted too.
 
     Args:
-        model: a causal language model; left as it was, in training mode or not.
+        model: a causal language model, or any module that maps token ids to logits; left as it was, in
+            training mode or not.
         tokenizer: the model's own; may be None when ``text`` is token ids and ``bos`` is off.
         text: a string, token ids ``[T]`` of one stream, or ``[N, T]`` of N separate ones.
         seq_len: window length L in tokens, at least 2.
@@ -180,8 +181,7 @@ def _bos_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
 
 def _negative_log_likelihood(model: nn.Module, batch: Tensor, start: int) -> float:
     """Sum of −log p over every predicted token of a batch ``[B, L]``."""
-    batch = batch.to(input_device(model))
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    logits = logits_of(model, batch)[:, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     targets = batch[:, 1:].to(wide.device)
     losses = functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").double()

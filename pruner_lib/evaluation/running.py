@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from pruner_lib.importance.calibration import accepted
+
 Value = TypeVar("Value")
 
 
@@ -134,6 +136,42 @@ def require_weights(model: nn.Module, what: str) -> None:
             f"{what} needs a model with weights, but this one is on the meta device; load it with "
             "load_model, "
             "or ask count_cost, which needs none"
+        )
+
+
+def keeps_last_logits(model: nn.Module) -> bool:
+    """Whether ``forward`` can be asked for the logits of the last positions alone."""
+    return "logits_to_keep" in accepted(model)[0]
+
+
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """The argument of ``forward`` that asks for the last position's logits, where the model takes it."""
+    return {"logits_to_keep": 1} if keeps_last_logits(model) else {}
+
+
+def require_cache(model: nn.Module, what: str) -> None:
+    """Refuse a model that cannot decode token by token; runs one token through it.
+
+    Raises:
+        EvaluationError: says which argument of ``forward`` or part of its output is missing.
+    """
+    require_weights(model, what)
+    name = type(model).__name__
+    named, open_ended = accepted(model)
+    needed = ("input_ids", "use_cache", "past_key_values")
+    missing = [] if open_ended else [argument for argument in needed if argument not in named]
+    found = f"{name}.forward takes {', '.join(sorted(named))}, but not {' and '.join(missing)}"
+    if not missing:
+        token = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
+        with evaluating(model):
+            output = model(input_ids=token, use_cache=True, **last_logits(model))
+        parts = ("logits", "past_key_values")
+        missing = [part for part in parts if getattr(output, part, None) is None]
+        found = f"with use_cache=True {name} returned {type(output).__name__} without {' and '.join(missing)}"
+    if missing:
+        raise EvaluationError(
+            f"{what} decodes with a KV cache, as the models of transformers do; {found}. Leave it out for "
+            "this model; cost and perplexity need no cache"
         )
 
 

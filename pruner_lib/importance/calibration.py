@@ -90,7 +90,10 @@ def micro_batches(batches: Tensor, size: int | None) -> list[Tensor]:
         ValueError: a size below 1.
     """
     if size is not None and size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1, not {size}; None runs all sequences at once")
+        raise ValueError(
+            f"micro_batch_size must be at least 1, not {size}: it is how many sequences run at once; leave "
+            "it out to have it chosen"
+        )
     return [batches] if size is None else list(batches.split(size))
 
 
@@ -112,8 +115,12 @@ def progress_bar(total: int, title: str, shown: bool | None) -> tqdm:
 
 
 @contextmanager
-def memory_advice(batches: Tensor) -> Iterator[None]:
+def memory_advice(batches: Tensor, *more: str) -> Iterator[None]:
     """Turn running out of memory into advice.
+
+    Args:
+        batches: token ids ``[N, L]`` of the passes.
+        more: what the caller's own arguments can do about it, beside a lower ``micro_batch_size``.
 
     Raises:
         MemoryError: says which knobs lower it.
@@ -123,11 +130,22 @@ def memory_advice(batches: Tensor) -> Iterator[None]:
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
+        ways = ["lower micro_batch_size", "use shorter sequences", *more]
         raise MemoryError(
-            f"out of memory in passes over {len(batches)} sequences of {batches.shape[1]} tokens; lower "
-            "micro_batch_size, use shorter sequences, score fewer families at once (families=…), or hold "
-            'one layer\'s gradients at a time (accumulate="layers")'
+            f"out of memory in passes over {len(batches)} sequences of {batches.shape[1]} tokens; "
+            f"{', '.join(ways[:-1])} or {ways[-1]}"
         ) from error
+
+
+def accepted(model: nn.Module) -> tuple[set[str], bool]:
+    """Names of the arguments of ``forward``, and whether it takes any others (``**kwargs``).
+
+    A PEFT model hands everything on to the one it wraps, so that one is asked.
+    """
+    asked: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    parameters = inspect.signature(asked.forward).parameters.values()
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return {parameter.name for parameter in parameters}, open_ended
 
 
 def logits_of(model: nn.Module, batch: Tensor, *, last: bool = False) -> Tensor:
@@ -143,9 +161,7 @@ def logits_of(model: nn.Module, batch: Tensor, *, last: bool = False) -> Tensor:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is not None and getattr(embedding, "weight", None) is not None:
         device = embedding.weight.device
-    accepted = inspect.signature(model.forward).parameters.values()
-    named = {parameter.name for parameter in accepted}
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
+    named, open_ended = accepted(model)
     options: dict[str, Any] = {"use_cache": False} if open_ended or "use_cache" in named else {}
     if last and "logits_to_keep" in named:
         options["logits_to_keep"] = 1
@@ -168,7 +184,7 @@ def token_losses(model: nn.Module, batch: Tensor) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     targets = batch[:, 1:].to(wide.device)
     losses = functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
-    if losses.requires_grad or losses.device.type == "mps":
+    if losses.requires_grad:
         return losses.view(targets.shape).mean(1)
     # Loss changes are differences of large numbers: the mean itself must not round them away.
     return losses.view(targets.shape).double().mean(1)
@@ -213,8 +229,8 @@ def check_finite(
     number = share.rank + (start + row) * share.world
     raise FloatingPointError(
         f"the loss of calibration sequence {number} is {losses[row].item()}; the first module whose "
-        f"output is not finite: {module}. No scores were made. Try float32 or bfloat16 weights, and look "
-        "for NaN in that module's parameters"
+        f"output is not finite: {module}. No scores, plan or model were made, and the given model is as it "
+        "was. Try float32 or bfloat16 weights, and look for NaN in that module's parameters"
     )
 
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 IndexScores = Mapping[str, ByDim]
 
+_LESS_MEMORY = (
+    "score fewer families at once (families=…)",
+    'hold one layer\'s gradients at a time (accumulate="layers")',
+)
+
 
 def estimate_importance(
     model: nn.Module,
@@ -90,7 +95,7 @@ def estimate_importance(
     Source: LLM-Pruner, arXiv 2305.11627, section 3.2.
     """
     chosen, reduce = get_criterion(criterion), get_reduction(reduction)
-    options = PassOptions(micro_batch_size, accumulate, progress)
+    options = PassOptions(micro_batch_size, accumulate, progress, _LESS_MEMORY)
     selected = _select(dependencies, families)
     dims = scored_dims(model, dependencies, selected, include_vectors)
     used = check_batches(model, batches) if chosen.needs_batches else None

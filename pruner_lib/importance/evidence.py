@@ -38,6 +38,7 @@ class PassOptions:
         micro_batch_size: sequences run at once; None for about 2048 tokens.
         accumulate: what is held between micro-batches; see :mod:`pruner_lib.importance.gradients`.
         progress: whether a bar is shown; None shows it in a terminal.
+        advice: what else the caller's arguments can do when memory runs out; see ``memory_advice``.
 
     Raises:
         ValueError: a size below 1, or another word.
@@ -46,6 +47,7 @@ class PassOptions:
     micro_batch_size: int | None = None
     accumulate: str = "auto"
     progress: bool | None = None
+    advice: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         micro_batches(torch.empty(0), self.micro_batch_size)
@@ -89,7 +91,7 @@ def score_parameters(
     batches, share = check_batches(model, batches), Share.current()
     if len(batches) < share.world:
         raise ValueError(f"{len(batches)} sequences cannot be shared by {share.world} processes; give more")
-    with memory_advice(batches):
+    with memory_advice(batches, *options.advice):
         uses = _inputs(model, parameters, batches, criterion, options) if criterion.needs_inputs else {}
         if not any(name in GRADIENTS for name in criterion.reads):
             return {name: scorer(name, parameter, {}, uses[name]) for name, parameter in parameters.items()}

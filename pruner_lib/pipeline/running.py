@@ -22,6 +22,7 @@ from pruner_lib.discovery import DependencyMap, discover
 from pruner_lib.evaluation import evaluate
 from pruner_lib.importance import ImportanceScores, estimate_importance, scale_to_loss
 from pruner_lib.pipeline.config import PipelineConfig, PipelineError
+from pruner_lib.pipeline.processes import call, is_called, open_store
 from pruner_lib.pruning import PruningPlan, plan_pruning, prune
 from pruner_lib.pruning.planning import resolved
 from pruner_lib.recovery import InterruptedRecoveryError, RecoveryResult, recover
@@ -40,7 +41,6 @@ _DEPENDS = {
     "evaluate": ("evaluate",),
 }
 _STATE = "run.json"
-_POLL_SECONDS = 0.5
 
 
 def run_pipeline(
@@ -48,7 +48,8 @@ def run_pipeline(
 ) -> Path:
     """Discover, score, plan, prune, recover and evaluate, as far as the file asks for it.
 
-    Under ``torchrun`` the first process runs every stage and the others join it in the recovery.
+    Under ``torchrun`` the first process runs every stage. The others wait for its word and join it in the
+    recovery; all see the same output folder.
 
     Args:
         config: what :func:`read_config` returned.
@@ -62,16 +63,22 @@ def run_pipeline(
         PipelineError: something a stage asks for is not there.
         ValueError, AssetError: what the stages themselves refuse.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     run = _Run(config, fresh)
+    # Kept open to the end: where the first process serves it, the others train over it.
+    store = open_store() if processes > 1 and config.has("recover") else None
     if rank:
-        run.join()
+        if store is not None and is_called(store):
+            run.recover()
         return config.output
     config.output.mkdir(parents=True, exist_ok=True)
     if fresh:
         (config.output / _STATE).unlink(missing_ok=True)
     for stage in run.stages():
-        if run.is_done(stage):
+        done = run.is_done(stage)
+        if store is not None and stage == "recover":
+            call(store, processes - 1, recover=not done)
+        if done:
             report(f"{stage}: done before")
             continue
         began = time.perf_counter()
@@ -276,13 +283,3 @@ class _Run:
         averages = {name: float(result.average) for name, result in results.items()}
         write_whole(self._folder / "zero_shot.json", json.dumps(averages, indent=1) + "\n")
         return "\n".join(f"### {name}\n\n```\n{result}\n```\n" for name, result in results.items())
-
-    def join(self) -> None:
-        """What a further process does: wait for the pruned model, then help to recover it."""
-        if not self._config.has("recover"):
-            return
-        before = [stage for stage in self.stages() if STAGES.index(stage) < STAGES.index("recover")][-1]
-        while not self.is_done(before):
-            time.sleep(_POLL_SECONDS)
-        if not self.is_done("recover"):
-            self.recover()

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pruner_lib.recovery import checkpoints
 from pruner_lib.recovery.data import Example, collate
 from pruner_lib.recovery.training import Objective, order_of_examples
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+
+class Arguments(TrainingArguments):
+    """Names the model's device, where the trainer's own take the first GPU."""
+
+    where: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        first = super().device  # asked in any case: it sets up the processes, too
+        return self.where or first
 
 
 class Engine(Trainer):

@@ -30,7 +30,13 @@ from pruner_lib.recovery.recording import HeldOut, LossIsNotFinite, OnStep, Prog
 from pruner_lib.recovery.result import RecoveryResult
 from pruner_lib.recovery.settings import RecoverySettings
 from pruner_lib.recovery.teachers import ModelTeacher, Teacher, TeacherLogits, digest, open_teacher
-from pruner_lib.recovery.training import Objective, own_random_state, quiet, training_arguments
+from pruner_lib.recovery.training import (
+    Objective,
+    is_chosen_gpu,
+    own_random_state,
+    quiet,
+    training_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +64,8 @@ def recover(
     is not changed, nor is any global random state.
 
     Args:
-        model: pruned or not, without an adapter; trained on the device it is on.
+        model: pruned or not, without an adapter; trained on the device it is on (under ``torchrun`` a model
+            on a GPU moves to the GPU of its process).
         tokenizer: its own; may be None when ``data`` is token ids.
         data: a text (packed into windows of ``settings.seq_len``), token ids ``[N, L]``, Alpaca-format
             dicts ``instruction``, ``input``, ``output`` or conversations ``messages`` (only responses are
@@ -217,6 +224,8 @@ def _train(
         if run.teacher is not None:
             stack.enter_context(run.teacher.ready())
         stack.callback(bar.close)
+        if is_chosen_gpu(device):
+            stack.enter_context(torch.cuda.device(device))  # puts back which GPU was the current one
         engine = Engine(
             trained,
             training_arguments(settings, device, settings.num_steps(len(run.examples)), scratch),

@@ -52,20 +52,28 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def is_chosen_gpu(device: torch.device) -> bool:
+    """Whether a model's GPU is the caller's choice: in a distributed run each process is given one."""
+    return device.type == "cuda" and "LOCAL_RANK" not in os.environ
+
+
 def training_arguments(
     settings: RecoverySettings, device: torch.device, steps: int, folder: str
 ) -> TrainingArguments:
     """The trainer's arguments; it reports to nobody and writes nothing by itself.
 
+    Of several GPUs ``device`` becomes the current one, since transformers and accelerate train there; the
+    caller puts the former one back. In a distributed run each process has its own instead.
+
     Raises:
         RecoveryError: the step's sequences cannot be dealt out evenly to the processes.
     """
-    from transformers import TrainingArguments
+    from pruner_lib.recovery.engine import Arguments
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = _per_process(settings, processes)
     on_cpu = device.type == "cpu"
-    arguments = TrainingArguments(
+    arguments = Arguments(
         output_dir=folder,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size // (micro * processes),
@@ -90,6 +98,9 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+    if is_chosen_gpu(device):
+        torch.cuda.set_device(device)  # setting up has made the first GPU the current one
+        arguments.where = device
     # Several visible GPUs would otherwise be used through DataParallel, which torch advises against.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
