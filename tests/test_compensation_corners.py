@@ -165,6 +165,14 @@ def test_what_reads_channels_and_is_not_fitted_is_listed(name, left):
     assert {next((end for end in left if each.endswith(end)), each) for each in found.left} == left
 
 
+def test_what_is_no_text_is_refused_before_the_cut(monkeypatch):
+    model = tiny("llama", torch.float32)
+    plan = halves(pl.discover(model))
+    monkeypatch.setattr("pruner_lib.pruning.surgery._cut", None)
+    with pytest.raises(TypeError, match=r"wants calibration token ids.*got list"):
+        pl.prune(model, plan, compensate=[[1, 2], [3, 4]])
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [({"micro_batch_size": 0}, "micro_batch_size must be at least 1"), ({"ridges": 0.1}, "one or more")],

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from test_surgery import ARCHITECTURES, generated, logits, tiny, tokens
@@ -186,6 +187,65 @@ def test_loss_and_greedy_against_cutting():
     assert set(plan.dropped) == {first.unit, second.unit}
 
 
+@pytest.mark.parametrize("method", ["greedy", "loss", "influence"])
+def test_about_2048_tokens_run_at_once(method):
+    model, seen = tiny("llama"), []
+
+    def watch(module, args, given):
+        seen.append(given["input_ids"].shape[0])
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    long = torch.randint(3, 64, (40, 64), generator=torch.Generator().manual_seed(5))
+    options = {"count": 1, "batches": long, "method": method, "dependencies": discover(model)}
+    dropped = set()
+    for size, expected in ((None, {32, 8}), (20, {20}), (40, {40})):
+        seen.clear()
+        dropped.add(plan_layers(model, **options, micro_batch_size=size).dropped)
+        assert set(seen) == expected
+    assert len(dropped) == 1
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        prune_layers(model, **options, micro_batch_size=0)
+
+
+def test_running_out_of_memory_is_answered_with_advice(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("pruner_lib.pruning.depth.loss_without", full)
+    with pytest.raises(MemoryError, match="lower micro_batch_size"):
+        prune_layers(tiny("llama"), count=1, batches=BATCHES, method="greedy")
+
+
+@pytest.mark.parametrize(
+    "one",
+    [1, np.int64(1), np.arange(1, 2), torch.tensor(1), torch.tensor([1]), [torch.tensor(1)], range(1, 2)],
+)
+def test_layers_may_be_numbers_of_numpy_and_torch(one):
+    model = tiny("llama")
+    dependencies = discover(model)
+    assert plan_layers(model, one, dependencies=dependencies).dropped == ("layers.1",)
+    assert prune_layers(model, one).config.num_hidden_layers == 2
+    families = dependencies.select(kind="mlp_neuron", layers=one)
+    assert [family.name for family in families] == ["layers.1.mlp_neuron"]
+    planned = plan_pruning(
+        dependencies, {"layers.1.mlp_neuron": torch.arange(48)}, ratio=0.5, kinds="mlp_neuron", layers=one
+    )
+    assert set(planned.removal) == {"layers.1.mlp_neuron"}
+
+
+@pytest.mark.parametrize("mask", [[False, True, False], np.array([False, True, False]),
+                                  torch.tensor([False, True, False]), [1.0], [None]])  # fmt: skip
+def test_a_mask_or_a_fraction_is_no_number_of_a_layer(mask):
+    model = tiny("llama")
+    dependencies = discover(model)
+    with pytest.raises(ValueError, match="drop takes numbers of layers and names of units, such as"):
+        plan_layers(model, mask, dependencies=dependencies)
+    with pytest.raises(TypeError, match="layers are whole numbers, such as 5"):
+        dependencies.select(layers=mask)
+    with pytest.raises(ValueError, match="layers are numbers of layers"):
+        plan_pruning(dependencies, {}, ratio=0.5, layers=mask)
+
+
 def test_layers_planned_by_score():
     model = tiny("llama")
     dependencies = discover(model)
@@ -219,6 +279,8 @@ def test_layers_that_mean_something_by_their_number_are_refused():
     [
         ({}, "give either drop, the layers that go, or count"),
         ({"drop": [0], "count": 1}, "not both"),
+        ({"drop": True}, "not True"),
+        ({"drop": 1.0}, "not 1.0"),
         ({"drop": [3]}, r"no unit of depth 'layers.3' in this model of 3 layers"),
         ({"drop": ["layers.0.norm"]}, "no unit of depth 'layers.0.norm'"),
         ({"drop": [0, 1, 2]}, "all 3 layers would go; at least one must stay"),

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from test_surgery import logits, tiny
@@ -99,6 +100,147 @@ def test_layers_may_go_step_by_step():
     assert [step.model.config.num_hidden_layers for step in steps] == [3, 2]
 
 
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (4, {"ratio": 0.34, "kinds": "block"}),
+        (16, {"target_params": 0.9, "kinds": "attention_head"}),
+        (40, {"target_params": 0.97}),
+        (16, {"target_macs": 0.9, "kinds": "attention_head", "scope": "global"}),
+        (16, {"target_bytes": 0.9, "kinds": "attention_head"}),
+    ],
+)
+def test_a_step_that_went_too_far_is_followed_by_empty_ones(steps, options):
+    """A layer or a head is more than one step asks for; the goal of the next is met before it begins."""
+
+    def by_name(current, dependencies):
+        units = score_layers(current, dependencies, BATCHES).scores if options.get("kinds") == "block" else {}
+        return {**score(current, dependencies).scores, **units}
+
+    model = tiny("llama", num_attention_heads=8, num_key_value_heads=8)
+    dependencies = discover(model)
+    once = plan_pruning(dependencies, by_name(model, dependencies), **options)
+    done = list(prune_iteratively(model, by_name, steps=steps, **options))
+    assert [step.number for step in done] == list(range(1, steps + 1))
+    empty = [step for step in done if not step.plan.removal and not step.plan.dropped]
+    assert empty and empty[0].plan.params_after == empty[0].plan.params_before
+    assert torch.isfinite(logits(empty[0].model)).all()
+    assert sum(p.numel() for p in done[-1].model.parameters()) == once.params_after
+
+
+def test_a_target_is_met_as_closely_as_in_one_step():
+    model = grouped()
+    dense = sum(p.numel() for p in model.parameters())
+    for scope in ("local", "global"):
+        for share in (0.75, 0.83, 0.91):
+            *_, last = prune_iteratively(model, score, steps=3, target_params=share, scope=scope)
+            left = last.plan.params_after
+            assert share * dense - 3 * 32 < left <= share * dense, "less than a neuron below"
+
+
+@pytest.mark.parametrize("budget", [{"target_params": 0.68}, {"ratio": 0.35}])
+def test_the_floor_is_a_share_of_the_dense_model_in_every_step(budget):
+    """Heads are worth nothing here; a floor taken anew from each step's model would halve them every time."""
+    model = tiny("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, intermediate_size=40)
+    ranking = GlobalRanking(
+        standardise="none",
+        weigh="none",
+        floor={"attention_head": 0.5, "mlp_neuron": 0.5},
+        kind_weights={"attention_head": 1e-9},
+    )
+    options = {"scope": "global", "ranking": ranking, **budget}
+    once = plan_pruning(discover(model), score(model, discover(model)), **options)
+    heads = [once.kept_sizes[f"layers.{i}.attention_head"] for i in range(3)]
+    *_, last = prune_iteratively(model, score, steps=4, **options)
+    found = discover(last.model)
+    assert [found.family(f"layers.{i}.attention_head").size for i in range(3)] == heads == [4, 4, 4]
+    assert all(found.family(f"layers.{i}.mlp_neuron").size >= 20 for i in range(3))
+    assert abs(last.plan.params_after - once.params_after) < 3 * 64, "less than a neuron apart"
+
+
+@pytest.mark.parametrize("share", [0.45, 0.52])
+def test_floors_hold_where_layers_are_dropped_and_renumbered(share):
+    model = tiny("llama", num_hidden_layers=6)
+    ranking = GlobalRanking(floor={"block": 0.5, "mlp_neuron": 0.5}, kind_weights={"block": 1e-9})
+
+    def both(current, dependencies):
+        return {
+            **score(current, dependencies).scores,
+            **score_layers(current, dependencies, BATCHES).scores,
+        }
+
+    *_, last = prune_iteratively(
+        model,
+        both,
+        steps=4,
+        target_params=share,
+        scope="global",
+        kinds=("block", "mlp_neuron"),
+        ranking=ranking,
+    )
+    assert last.model.config.num_hidden_layers >= 3
+    assert min(layer.mlp.down_proj.in_features for layer in last.model.model.layers) >= 24
+    assert last.plan.params_after <= share * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_query_heads_are_not_taken_for_the_kv_head_whose_name_they_get(arch):
+    """With one KV head left, ``attention_head`` are its query heads; nobody asked for those."""
+    model = tiny(arch, num_attention_heads=8, num_key_value_heads=2)
+    ranking = GlobalRanking(floor=0, kind_weights={"attention_head": 1e-9})
+    once = plan_pruning(
+        discover(model), score(model, discover(model)), target_params=0.6, scope="global", ranking=ranking
+    )
+    *_, last = prune_iteratively(model, score, steps=6, target_params=0.6, scope="global", ranking=ranking)
+    assert [once.kept_sizes[f"layers.{i}.attention_head"] for i in range(3)] == [1, 1, 1]
+    found = discover(last.model)
+    assert [found.family(f"layers.{i}.attention_head").size for i in range(3)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_query_heads_go_on_when_one_kv_head_is_left(arch):
+    model = tiny(arch, num_attention_heads=16, num_key_value_heads=2, hidden_size=64)
+    kinds = ("attention_head", "query_head")
+    once = plan_pruning(discover(model), score(model, discover(model)), ratio=0.75, kinds=kinds)
+    *_, last = prune_iteratively(model, score, steps=3, ratio=0.75, kinds=kinds)
+    assert sum(p.numel() for p in last.model.parameters()) == once.params_after
+
+
+def test_limits_mean_the_dense_model_when_its_parts_go():
+    """8 of 16 query heads stay, 2 of each KV head; with 3 of the 4 KV heads gone these are 2, not 8."""
+    model = tiny("llama", hidden_size=64, num_attention_heads=16, num_key_value_heads=4)
+    options = {"kinds": ("attention_head", "query_head"), "target_params": 0.66}
+    options |= {"minimum": {"query_head": 8}, "round_to": {"query_head": 8}}
+    *_, last = prune_iteratively(model, score, steps=5, **options)
+    assert all(q % kv == 0 and q // kv >= 2 for q, kv, _ in widths(last.model))
+    assert min(kv for _, kv, _ in widths(last.model)) == 1
+
+
+def test_a_family_of_one_group_is_left_alone():
+    """Once every layer has one head there is no kind ``attention_head`` any more; neurons go on."""
+    model = tiny("llama", num_attention_heads=2, num_key_value_heads=2, head_dim=4)
+    ranking = GlobalRanking(floor=0, kind_weights={"attention_head": 1e-9})
+    done = list(prune_iteratively(model, score, steps=6, target_params=0.6, scope="global", ranking=ranking))
+    assert all(layer.self_attn.k_proj.out_features == 4 for layer in done[-1].model.model.layers)
+    assert done[-1].plan.params_after <= 0.6 * done[0].plan.params_before
+
+
+@pytest.mark.parametrize("other", ["gpt2", "llama"])
+def test_another_model_from_between_is_refused(other):
+    """One of other names, and the dense one again, whose sizes are other ones."""
+    for options in ({"ratio": 0.5}, {"target_params": 0.8}):
+        steps = prune_iteratively(grouped(), score, steps=2, between=lambda _: tiny(other), **options)
+        next(steps)
+        with pytest.raises(ValueError, match=r"in the model it returned it is .* Return the model that was"):
+            next(steps)
+
+
+@pytest.mark.parametrize("one", [np.int64(1), torch.tensor(1), [np.int64(1)], iter([1])])
+def test_layers_may_be_numbers_of_numpy_and_torch(one):
+    *_, last = prune_iteratively(grouped(), score, steps=2, ratio=0.5, kinds="mlp_neuron", layers=one)
+    assert [neurons for *_, neurons in widths(last.model)] == [48, 24, 48]
+
+
 def test_a_preset_is_approached_like_its_arguments():
     mine = Preset(scope="global", kinds=("mlp_neuron",))
     by_preset = list(prune_iteratively(grouped(), score, steps=2, ratio=0.4, preset=mine))
@@ -122,6 +264,7 @@ def test_the_given_model_is_untouched():
         ({"steps": 0, "ratio": 0.5}, "steps must be at least 1"),
         ({"ratio": 1.5}, r"ratio 1.5 is outside"),
         ({"ratio": 0.5, "kinds": ("block", "mlp_neuron"), "layers": [1]}, "renumbers the layers"),
+        ({"ratio": 0.5, "kinds": ("block", "mlp_neuron"), "protect": 0}, "renumbers the layers"),
         ({"target_params": 0.001}, "out of reach"),
         ({}, "give exactly one of"),
     ],

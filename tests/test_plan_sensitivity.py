@@ -53,6 +53,34 @@ def test_weights_come_back_after_an_exception(monkeypatch):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "embed" not in k)
 
 
+def test_about_2048_tokens_run_at_once():
+    model, seen = tiny(), []
+    dependencies = discover(model)
+
+    def watch(module, args, given):
+        seen.append(given["input_ids"].shape[0])
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    long = torch.randint(3, 64, (40, 64), generator=torch.Generator().manual_seed(3))
+    by_default = scan_sensitivity(model, dependencies, random_scores(dependencies), long)
+    assert seen == [32, 8] * 4
+    seen.clear()
+    by_hand = scan_sensitivity(model, dependencies, random_scores(dependencies), long, micro_batch_size=40)
+    assert seen == [40] * 4
+    assert by_default.perplexity["all kinds"] == pytest.approx(by_hand.perplexity["all kinds"], rel=1e-9)
+
+
+def test_running_out_of_memory_is_answered_with_advice(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    model = tiny()
+    dependencies = discover(model)
+    monkeypatch.setattr("pruner_lib.pruning.sensitivity.mean_loss", full)
+    with pytest.raises(MemoryError, match="lower micro_batch_size"):
+        scan_sensitivity(model, dependencies, random_scores(dependencies), BATCHES)
+
+
 def scan_of(*rises):
     return Sensitivity(dense=20.0, perplexity={"all kinds": tuple(20 * rise for rise in rises)}, ratio=0.5)
 

@@ -8,7 +8,7 @@ from test_planning import dependencies_of, scores_for
 from zoo import tiny
 
 from pruner_lib.discovery import discover
-from pruner_lib.pruning import GlobalRanking, plan_pruning
+from pruner_lib.pruning import GlobalRanking, PruningPlan, plan_pruning, prune
 from pruner_lib.pruning.costs import cost_terms
 
 DEPENDENCIES = dependencies_of()
@@ -66,6 +66,31 @@ def test_a_target_is_met_to_within_one_group(share, target, kinds, scope):
     assert wanted - one_group(target, kinds) < measured(plan, target)
 
 
+def test_so_is_a_target_where_a_family_has_nothing_to_give():
+    """Layer 0 has its minimum of two heads: what it cannot give is not the cheapest group there is."""
+    values = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48, "head_dim": 8}
+    even = dependencies_of(**values, intermediate_size=24)
+    plan = PruningPlan.from_removal(even, {"layers.0.attention_head": [0, 1, 2, 3]})
+    dependencies = discover(prune(even._model, plan))
+    scores, neuron = scores_for(dependencies), 3 * 48
+    checked = 0
+    for share in torch.linspace(0.6, 0.99, 40).tolist():
+        for weight in (None, 1e-9, 1.0, 1e9):
+            options = {"target_params": share, "minimum": {"attention_head": 2, "mlp_neuron": 20}}
+            if weight is not None:
+                ranking = GlobalRanking(weigh="none", floor=0, kind_weights={"attention_head": weight})
+                options |= {"scope": "global", "ranking": ranking}
+            try:
+                plan = plan_pruning(dependencies, scores, **options)
+            except ValueError as error:
+                assert "out of reach" in str(error)
+                continue
+            if any("mlp_neuron" in name for name in plan.removal):
+                checked += 1
+                assert int(share * plan.params_before) - neuron < plan.params_after, options
+    assert checked > 50
+
+
 @pytest.mark.parametrize("target", MEASURES)
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize(
@@ -106,8 +131,6 @@ def test_a_uniform_plan_has_one_width_per_kind(scope, options):
 
 def test_a_uniform_plan_opens_without_per_layer_configuration():
     from test_surgery import tiny
-
-    from pruner_lib.pruning import prune
 
     model = tiny("llama")
     dependencies = discover(model)
@@ -208,8 +231,6 @@ def test_refusals(options, message):
 
 
 def test_uniform_wants_equal_sizes():
-    from pruner_lib.pruning import PruningPlan, prune
-
     model = DEPENDENCIES._model
     uneven = prune(model, PruningPlan.from_removal(DEPENDENCIES, {"layers.1.mlp_neuron": [0, 1]}))
     dependencies = discover(uneven)

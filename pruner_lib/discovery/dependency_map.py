@@ -14,6 +14,7 @@ from .families import GroupFamily, Removal, UnknownFamilyError
 from .grouping import build_families, layer_list
 from .summary import as_html, as_text
 from .tracing import meta_copy, refuse_quantised, run
+from .units import layer_numbers
 from .zeroing import NormIndex, norm_indices, zero_groups
 
 
@@ -61,7 +62,7 @@ class DependencyMap:
     ) -> tuple[GroupFamily, ...]:
         """Families of a kind (or several) in given layers, only those that may be cut by default."""
         kinds = None if kind is None else {kind} if isinstance(kind, str) else set(kind)
-        wanted = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        wanted = None if layers is None else set(layer_numbers(layers))
         return tuple(
             f
             for f in self.families

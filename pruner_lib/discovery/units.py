@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .grouping import layer_list
 
@@ -44,6 +47,35 @@ def depth_units(dependencies: DependencyMap) -> dict[str, str]:
         if len(found) == 1 and not found & other:
             units[f"layers.{layer}.{unit}"] = f"{path}.{layer}.{next(iter(found))}"
     return units
+
+
+def whole_number(value: Any) -> int | None:
+    """An integer of Python, NumPy or torch; None for anything else.
+
+    True and False are no numbers here: a mask over the layers must not be read as layers 0 and 1.
+    """
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def layer_numbers(layers: int | Iterable[int]) -> list[int]:
+    """Numbers of layers as they were given, one or several, as Python's integers.
+
+    Raises:
+        TypeError: something that is no whole number.
+    """
+    number = whole_number(layers)
+    if number is not None:
+        return [number]
+    given = list(layers)  # type: ignore[arg-type]
+    numbers = [number for number in map(whole_number, given) if number is not None]
+    if len(numbers) < len(given):
+        raise TypeError(f"layers are whole numbers, such as 5, range(4, 27) or [0, 1, 29], not {layers!r}")
+    return numbers
 
 
 def layer_of_unit(unit: str) -> int:

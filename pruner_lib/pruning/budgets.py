@@ -95,6 +95,19 @@ class Search:
         self._families = np.array([len(column.ladders) for column in columns])
         self._none: Counts = np.zeros(len(columns), dtype=np.int64)
 
+    @property
+    def dense(self) -> int:
+        """What the model costs before anything goes, in the measure of the budget."""
+        return self._measure(self._none)
+
+    @property
+    def target(self) -> int:
+        """The budget as a count; for a ratio, what the same ratio in every family would leave."""
+        if self._budget.ratio is not None:
+            return self._measure(self._at_ratio())
+        target = self._budget.target
+        return math.floor(target * self.dense if target <= 1 else target)
+
     def plan(self, counts: Counts) -> PruningPlan:
         """The plan in which each column has lost so many groups."""
         removal, dropped = state_of(self._columns, counts)
@@ -104,8 +117,8 @@ class Search:
     def evenly(self) -> Counts:
         """The same share of every family."""
         if self._budget.ratio is not None:
-            return self._each(lambda column: column.first.count(self._budget.of_kind(column.kind)))
-        target = self._target()
+            return self._at_ratio()
+        target = self.target
         if self._already_met(target):
             return self._none
         low, high = self._bracket(target)
@@ -121,7 +134,7 @@ class Search:
 
     def by_rank(self, ranking: GlobalRanking) -> Counts:
         """The lowest values of one ranking."""
-        target = self._target()
+        target = self.target
         if self._already_met(target):
             return self._none
         weigh = self._budget.measure if ranking.weigh == "none" else ranking.weigh
@@ -134,9 +147,12 @@ class Search:
         before, after = (self._measure(steps.advance(self._none, n)) for n in (crossing - 1, crossing))
         if 2 * (before - target) >= before - after:  # half of the last step is needed, or more
             counts = self._give_back(steps.advance(self._none, crossing), target, rest)
-            if target - self._measure(counts) < min(self._group_prices()):
+            if target - self._measure(counts) < self._lowest_price(self._group_prices()):
                 return counts
         return self._finish(self._none, steps, target, rest)
+
+    def _at_ratio(self) -> Counts:
+        return self._each(lambda column: column.first.count(self._budget.of_kind(column.kind)))
 
     def _each(self, number: Callable[[Column], int]) -> Counts:
         return np.array([number(column) for column in self._columns], dtype=np.int64)
@@ -151,16 +167,9 @@ class Search:
             return terms.macs(*_PASS)
         return terms.params if measure == "params" else terms.weight_bytes
 
-    def _target(self) -> int:
-        """The budget as a count; for a ratio, what the same ratio in every family would leave."""
-        if self._budget.ratio is not None:
-            return self._measure(self.evenly())
-        target = self._budget.target
-        return math.floor(target * self._measure(self._none) if target <= 1 else target)
-
     def _already_met(self, target: int) -> bool:
         """True when nothing has to go; refuses a target that no plan meets."""
-        dense, unit = self._measure(self._none), _UNIT[self._budget.measure]
+        dense, unit = self.dense, _UNIT[self._budget.measure]
         label = f"target_{self._budget.measure} {target:,}"
         if target > dense:
             raise ValueError(
@@ -178,7 +187,7 @@ class Search:
 
     def _smallest(self) -> str:
         kept = {column.first.size - column.first.most for column in self._columns}
-        return "one group" if kept == {1} else f"{min(kept)} to {max(kept)} groups"
+        return "one group" if kept <= {1} else f"{min(kept)} to {max(kept)} groups"
 
     def _prices(self, measure: str) -> list[float]:
         """What one group of each column saves when only that group (of each of its families) goes."""
@@ -192,8 +201,13 @@ class Search:
         return prices
 
     def _group_prices(self) -> np.ndarray:
-        """What a column saves by its smallest move, in the measure of the budget."""
+        """What a column saves by its smallest move, in the measure of the budget; 0 if it has none."""
         return np.array(self._prices(self._budget.measure)) * self._families
+
+    def _lowest_price(self, prices: np.ndarray) -> float:
+        """The least that a column which has groups to lose saves by its smallest move."""
+        able = [column.first.next_count(0) > 0 for column in self._columns]
+        return float(prices[able].min())
 
     def _bracket(self, target: int) -> tuple[Counts, Counts]:
         """The two neighbouring sets of counts, each of one common ratio, around the target."""
@@ -233,8 +247,9 @@ class Search:
     ) -> Counts:
         """Give single groups of the cheapest kind back, the last taken first, while the target is met."""
         prices = self._group_prices()
-        cheapest = np.flatnonzero(np.isclose(prices, prices.min()) & (counts > 0))
-        if not len(cheapest) or target - self._measure(counts) < prices.min():
+        price = self._lowest_price(prices)
+        cheapest = np.flatnonzero(np.isclose(prices, price) & (counts > 0))
+        if not len(cheapest) or target - self._measure(counts) < price:
             return counts
         start = counts.copy()
         start[cheapest] = 0

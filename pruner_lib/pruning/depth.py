@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap, discover
-from pruner_lib.importance.calibration import check_batches, micro_batches, untouched
+from pruner_lib.discovery.units import whole_number
+from pruner_lib.importance.calibration import (
+    check_batches,
+    default_size,
+    memory_advice,
+    micro_batches,
+    untouched,
+)
 from pruner_lib.importance.layers import MEASURES, loss_without, score_layers, units_by_path
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.surgery import prune
@@ -54,21 +61,24 @@ def drop_greedily(
         batches: token ids ``[N, L]``.
         count: units to drop.
         unit: as in :func:`score_layers`.
-        micro_batch_size: sequences run at once; None for all.
+        micro_batch_size: sequences run at once; None for about 2048 tokens.
 
     Returns:
         The units in the order in which they went, with the loss after each.
 
     Raises:
         ValueError: a count below 1 or so large that nothing stays; unusable batches; an unknown unit.
+        FloatingPointError: a loss that is NaN or infinite.
+        MemoryError: the device ran out of memory.
 
     Source: one-shot removal by perplexity, Shortened LLaMA (arXiv 2402.02834); repeated here.
     """
     units = units_by_path(dependencies, unit)
     _check_count(count, len(units))
-    pieces = micro_batches(check_batches(model, batches), micro_batch_size)
+    batches = check_batches(model, batches)
+    pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
     steps: list[DropStep] = []
-    with untouched(model):
+    with untouched(model), memory_advice(batches):
         while len(steps) < count:
             gone = [step.unit for step in steps]
             left = [name for name in units if not _covered(name, gone)]
@@ -82,12 +92,13 @@ def drop_greedily(
 
 def plan_layers(
     model: nn.Module,
-    drop: Iterable[str | int] | None = None,
+    drop: str | int | Iterable[str | int] | None = None,
     *,
     count: int | None = None,
     batches: Tensor | None = None,
     unit: str | Iterable[str] = "block",
     method: str = "influence",
+    micro_batch_size: int | None = None,
     dependencies: DependencyMap | None = None,
 ) -> PruningPlan:
     """A plan that drops whole layers or sublayers; arguments as for :func:`prune_layers`."""
@@ -95,17 +106,16 @@ def plan_layers(
     if (drop is None) == (count is None):
         raise ValueError("give either drop, the layers that go, or count, how many; not both")
     if drop is not None:
-        names = [f"layers.{part}" if isinstance(part, int) else part for part in _listed(drop)]
-        return PruningPlan.from_removal(found, {}, dropped=names)
+        return PruningPlan.from_removal(found, {}, dropped=_units_named(drop))
     _check("method", method, METHODS)
     if batches is None or count is None:
         raise ValueError(
             f"method {method!r} looks at text: give batches, token ids [N, L] (load_calibration)"
         )
     if method == "greedy":
-        steps = drop_greedily(model, found, batches, count, unit=unit)
+        steps = drop_greedily(model, found, batches, count, unit=unit, micro_batch_size=micro_batch_size)
         return PruningPlan.from_removal(found, {}, dropped=[step.unit for step in steps])
-    scores = score_layers(model, found, batches, unit=unit, measure=method)
+    scores = score_layers(model, found, batches, unit=unit, measure=method, micro_batch_size=micro_batch_size)
     _check_count(count, len(list(scores)))
     lowest = sorted(scores, key=lambda name: float(scores[name]))[:count]
     return PruningPlan.from_removal(found, {}, dropped=lowest)
@@ -113,12 +123,13 @@ def plan_layers(
 
 def prune_layers(
     model: nn.Module,
-    drop: Iterable[str | int] | None = None,
+    drop: str | int | Iterable[str | int] | None = None,
     *,
     count: int | None = None,
     batches: Tensor | None = None,
     unit: str | Iterable[str] = "block",
     method: str = "influence",
+    micro_batch_size: int | None = None,
     dependencies: DependencyMap | None = None,
 ) -> nn.Module:
     """The model without some of its layers, or without the attention or MLP of some.
@@ -140,6 +151,7 @@ def prune_layers(
         batches: token ids ``[N, L]`` that choose them.
         unit: ``"block"``, ``"attention"`` or ``"mlp"``, or several.
         method: ``"influence"``, ``"loss"`` (each alone) or ``"greedy"`` (the loss, one after another).
+        micro_batch_size: sequences run at once; None for about 2048 tokens.
         dependencies: what ``discover`` found in the model, if it is at hand.
 
     Returns:
@@ -147,17 +159,36 @@ def prune_layers(
 
     Raises:
         ValueError: an unknown unit or method, every layer, both or neither of ``drop`` and ``count``.
+        MemoryError: the device ran out of memory over the batches.
         PruningError: the configuration has no way to say which layers stay, or the layers compute
             something else once they are renumbered.
     """
     plan = plan_layers(
-        model, drop, count=count, batches=batches, unit=unit, method=method, dependencies=dependencies
+        model,
+        drop,
+        count=count,
+        batches=batches,
+        unit=unit,
+        method=method,
+        micro_batch_size=micro_batch_size,
+        dependencies=dependencies,
     )
     return prune(model, plan)
 
 
-def _listed(drop: Iterable[str | int]) -> list[str | int]:
-    return [drop] if isinstance(drop, str | int) else list(drop)
+def _units_named(drop: str | int | Iterable[str | int]) -> list[str]:
+    """Names of the units that go; a number is that of a layer."""
+    one = isinstance(drop, str) or not isinstance(drop, Iterable) or whole_number(drop) is not None
+    names = []
+    for part in [drop] if one else list(drop):  # type: ignore[arg-type]
+        number = whole_number(part)
+        if number is None and not isinstance(part, str):
+            raise ValueError(
+                "drop takes numbers of layers and names of units, such as [20, 21] or "
+                f"['layers.9.attention'], not {part!r}"
+            )
+        names.append(str(part) if number is None else f"layers.{number}")
+    return names
 
 
 def _check(label: str, value: str, valid: Iterable[str]) -> None:

@@ -49,10 +49,11 @@ class Ladder:
     @property
     def most(self) -> int:
         """Largest number of groups that may go."""
-        return self.size - self._lowest
+        return self.size - self.lowest
 
     @property
-    def _lowest(self) -> int:
+    def lowest(self) -> int:
+        """The fewest groups that may stay, the step considered."""
         return min(self.size, math.ceil(max(self.least, self.step) / self.step) * self.step)
 
     def count(self, ratio: float) -> int:
@@ -61,12 +62,12 @@ class Ladder:
             return 0
         # 1e-9: 0.1 · 5 must count as a half although (1 - 0.1) · 5 is not quite 4.5.
         kept = self.step * math.ceil((self.size - ratio * self.size) / self.step - 0.5 - 1e-9)
-        return self.size - min(max(kept, self._lowest), max(self.size // self.step * self.step, self._lowest))
+        return self.size - min(max(kept, self.lowest), max(self.size // self.step * self.step, self.lowest))
 
     def next_count(self, count: int) -> int:
         """The next larger number of groups that may go, or the same one if none may."""
         kept = (self.size - count - 1) // self.step * self.step
-        return self.size - kept if kept >= self._lowest else count
+        return self.size - kept if kept >= self.lowest else count
 
     def stops(self, count: int) -> np.ndarray:
         """All numbers of groups that may go beyond ``count``, ascending."""

@@ -111,13 +111,13 @@ def plan_pruning(
             "uniform=True keeps one width in every layer, but layers or protect leaves some of them alone; "
             "give one or the other"
         )
-    limits = Limits(round_to, minimum)
-    ladders = _ladders(dependencies, scores, chosen.kinds, places, limits)
-    if chosen.scope == "global":
-        ladders = [dataclasses.replace(ladder, least=chosen.ranking.least(ladder)) for ladder in ladders]
-    search = Search(dependencies, columns_of(ladders, uniform=uniform), budget)
-    counts = search.by_rank(chosen.ranking) if chosen.scope == "global" else search.evenly()
-    return search.plan(counts)
+    ladders = ladders_of(dependencies, scores, chosen, places, Limits(round_to, minimum))
+    return solved(Search(dependencies, columns_of(ladders, uniform=uniform), budget), chosen)
+
+
+def solved(search: Search, chosen: Preset) -> PruningPlan:
+    """The plan that a search finds, in the scope that was chosen."""
+    return search.plan(search.by_rank(chosen.ranking) if chosen.scope == "global" else search.evenly())
 
 
 def _check_given(dependencies: object, scores: object) -> None:
@@ -159,20 +159,23 @@ def resolved(
     return chosen
 
 
-def _ladders(
-    dependencies: DependencyMap,
-    scores: Scores,
-    kinds: tuple[str, ...],
-    layers: list[int] | None,
-    limits: Limits,
+def ladders_of(
+    dependencies: DependencyMap, scores: Scores, chosen: Preset, layers: list[int] | None, limits: Limits
 ) -> list[Ladder]:
-    ladders = []
-    for kind in dict.fromkeys(known(kinds, "kinds")):
+    """A ladder for everything of the chosen kinds in the layers, with the floors of a global ranking.
+
+    Raises:
+        ValueError: a kind that is unknown or not there, unusable scores, a limit that cannot be met.
+    """
+    ladders: list[Ladder] = []
+    for kind in dict.fromkeys(known(chosen.kinds, "kinds")):
         if kind in UNITS:
             ladders.append(depth_ladder(kind, units_of_kind(dependencies, kind, layers), scores))
         else:
             families = families_of_kind(dependencies, kind, layers)
             ladders += [family_ladder(family, scores, limits) for family in families]
+    if chosen.scope == "global":
+        ladders = [dataclasses.replace(ladder, least=chosen.ranking.least(ladder)) for ladder in ladders]
     return ladders
 
 

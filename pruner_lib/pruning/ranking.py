@@ -48,7 +48,8 @@ class GlobalRanking:
         weigh: the cost c_i, in ``"params"``, ``"macs"`` (at 1 × 64 tokens) or ``"bytes"``; ``"none"``
             for c_i = 1.
         floor: share of its groups that every family keeps, in [0, 1]; a number for all kinds or one per kind
-            (0 for kinds not named). It keeps a family from vanishing; one group always stays.
+            (0 for kinds not named). It keeps a family from vanishing; one group always stays. In
+            ``prune_iteratively`` it is a share of the dense model's groups in every step.
         kind_weights: w_k per kind, 1 if not named; above 1 protects a kind.
 
     Raises:

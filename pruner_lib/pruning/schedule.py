@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
-from pruner_lib.discovery.units import UNITS
-from pruner_lib.pruning.ladders import Scores, family_ladder
+from pruner_lib.discovery.units import UNITS, whole_number
+from pruner_lib.pruning.budgets import Budget, Search
+from pruner_lib.pruning.ladders import Ladder, Scores, columns_of, depth_ladder, family_ladder
+from pruner_lib.pruning.lineage import Lineage
 from pruner_lib.pruning.plan import PruningPlan
-from pruner_lib.pruning.planning import plan_pruning, resolved
-from pruner_lib.pruning.selection import Limits
+from pruner_lib.pruning.planning import ladders_of, plan_pruning, resolved, solved
+from pruner_lib.pruning.presets import Preset
+from pruner_lib.pruning.selection import Limits, chosen_layers
 from pruner_lib.pruning.surgery import prune
 
 Score = Callable[[nn.Module, DependencyMap], Scores]
-_TARGETS = {"target_params": "params", "target_macs": "macs", "target_bytes": "weight_bytes"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +57,15 @@ def prune_iteratively(
     """Prune a little, score what is left, prune again.
 
     Scores describe the model they were taken from; once a quarter of it is gone they are stale. With n steps
-    and a ratio r, each family has lost r·k/n of its *dense* groups after step k, rounded as ``plan_pruning``
-    rounds; a target is approached in n equal amounts. The last model has exactly the sizes that one step
-    would give.
+    and a ratio r in the local scope, each family has lost r·k/n of its *dense* groups after step k, rounded
+    as ``plan_pruning`` rounds, and the last model has exactly the sizes that one step would give.
+
+    A target, a ratio in the global scope, and one of layers dropped whole are approached in n equal amounts:
+    of the measure of the target, else of parameters. Every step meets its goal as closely as ``plan_pruning``
+    meets a target, but the new scores choose, so families may end at other sizes than in one step; and what
+    an earlier step took is gone, so that a layer dropped late may leave less than in one step. Floors,
+    ``minimum`` and ``round_to`` mean the dense model's sizes in every step. Where one step went past the goal
+    of the next, as a dropped layer may, the next plan is empty.
 
     Example:
         >>> def score(model, dependencies):
@@ -79,7 +87,8 @@ def prune_iteratively(
 
     Raises:
         ValueError: fewer than one step; layers by number together with dropped blocks, which would be
-            renumbered on the way; and whatever ``plan_pruning`` refuses.
+            renumbered on the way; whatever ``plan_pruning`` refuses; and, from a later step, a model made by
+            ``between`` whose parameters have other names or sizes.
         PruningError: see ``prune``.
 
     Source: iterative pruning, Molchanov et al. (arXiv 1611.06440), section 2.
@@ -89,32 +98,54 @@ def prune_iteratively(
     given = (planning.get(name) for name in ("preset", "scope", "kinds", "ranking"))
     chosen = resolved(*given)
     planning |= {"kinds": chosen.kinds}
-    planning |= {
-        name: planning[name] if isinstance(planning[name], int | str) else tuple(planning[name])
-        for name in ("layers", "protect")
-        if planning.get(name) is not None
-    }
-    if "block" in chosen.kinds and (planning.get("layers") is not None or planning.get("protect")):
+    planning |= {name: _read_once(planning[name]) for name in ("layers", "protect") if name in planning}
+    if "block" in chosen.kinds and (planning.get("layers") is not None or planning.get("protect", ()) != ()):
         raise ValueError(
             "dropping blocks renumbers the layers from step to step, so layers and protect would mean others "
             "in each; leave them out, or drop the blocks in one step with prune_layers"
         )
-    by_cost = chosen.scope == "global" or bool(set(chosen.kinds) & set(UNITS))
     dependencies = discover(model)
     scores = score(model, dependencies)
-    whole = plan_pruning(dependencies, scores, **planning)  # refuses here what could never be met
-    return _steps(model, score, steps, between, _First(dependencies, scores, whole, planning, by_cost))
+    plan_pruning(dependencies, scores, **planning)  # refuses here what could never be met
+    return _steps(model, score, steps, between, _First.of(dependencies, scores, chosen, planning))
 
 
 @dataclass(frozen=True, eq=False)
 class _First:
-    """What is known of the dense model: its map, its scores, and where one step would end."""
+    """What is known of the dense model, and where one step would end."""
 
     dependencies: DependencyMap
     scores: Scores
-    whole: PruningPlan
+    chosen: Preset
     planning: Mapping[str, Any]
-    by_cost: bool  # a ratio is approached by parameters, not family by family
+    ladders: list[Ladder]  # what may go, and how far, in the dense model's sizes
+    measure: str  # of the target; a ratio is approached by parameters where it is not met family by family
+    dense: int
+    target: int
+
+    @classmethod
+    def of(
+        cls, dependencies: DependencyMap, scores: Scores, chosen: Preset, planning: Mapping[str, Any]
+    ) -> _First:
+        budget = Budget.of(
+            planning.get("ratio"),
+            params=planning.get("target_params"),
+            macs=planning.get("target_macs"),
+            weight_bytes=planning.get("target_bytes"),
+        )
+        layers = chosen_layers(dependencies, planning.get("layers"), planning.get("protect", ()))
+        limits = Limits(planning.get("round_to", 1), planning.get("minimum", 1))
+        ladders = ladders_of(dependencies, scores, chosen, layers, limits)
+        search = Search(dependencies, columns_of(ladders, uniform=planning.get("uniform", False)), budget)
+        return cls(
+            dependencies, scores, chosen, planning, ladders, budget.measure, search.dense, search.target
+        )
+
+    @property
+    def by_family(self) -> bool:
+        """True where every family approaches its own size."""
+        local = self.chosen.scope == "local" and not set(self.chosen.kinds) & set(UNITS)
+        return local and self.planning.get("ratio") is not None
 
 
 def _steps(
@@ -125,65 +156,100 @@ def _steps(
     first: _First,
 ) -> Iterator[PruningStep]:
     current, dependencies, scores = model, first.dependencies, first.scores
+    lineage = Lineage.of(dependencies)
     for number in range(1, steps + 1):
         if number > 1:
-            current = current if between is None else between(current)
+            current = current if between is None else _still_the_same(current, between(current))
             dependencies = discover(current)
             scores = score(current, dependencies)
-        plan = _next_plan(first, dependencies, scores, number / steps)
-        current = prune(current, plan)
+        plan = _next_plan(first, lineage, dependencies, scores, number / steps)
+        current, lineage = prune(current, plan), lineage.after(plan)
         yield PruningStep(number, steps, plan, scores, current)
 
 
-def _next_plan(first: _First, dependencies: DependencyMap, scores: Scores, share: float) -> PruningPlan:
+def _still_the_same(given: nn.Module, returned: nn.Module) -> nn.Module:
+    """What ``between`` returned; refuses a model in which what was pruned would not be found again."""
+    found = {name: tuple(p.shape) for name, p in returned.named_parameters(remove_duplicate=False)}
+    for name, parameter in given.named_parameters():
+        if found.get(name) != tuple(parameter.shape):
+            raise ValueError(
+                f"between was given a model whose {name} is {list(parameter.shape)}; in the model it "
+                f"returned it is {list(found[name]) if name in found else 'not there'}. Return the model "
+                "that was given, trained as you like, with the names and sizes of its parameters (adapters "
+                "merged)"
+            )
+    return returned
+
+
+def _next_plan(
+    first: _First, lineage: Lineage, dependencies: DependencyMap, scores: Scores, share: float
+) -> PruningPlan:
     """The plan of one step: as much as brings ``share`` of the way from the dense model to the end."""
-    planning = dict(first.planning)
-    for name, measure in _TARGETS.items():
-        if planning.get(name) is not None:
-            return plan_pruning(dependencies, scores, **planning | {name: _on_the_way(first, share, measure)})
-    ratio = planning.pop("ratio")
-    if first.by_cost:
-        return plan_pruning(
-            dependencies, scores, **planning, target_params=_on_the_way(first, share, "params")
-        )
-    ratios = {kind: r * share for kind, r in ratio.items()} if isinstance(ratio, Mapping) else ratio * share
-    wanted = plan_pruning(first.dependencies, first.scores, **planning, ratio=ratios)
-    return _down_to(wanted, dependencies, scores)
+    families = lineage.families(dependencies)
+    if first.by_family:
+        ratio = first.planning["ratio"]
+        part = {kind: r * share for kind, r in ratio.items()} if isinstance(ratio, Mapping) else ratio * share
+        wanted = plan_pruning(first.dependencies, first.scores, **{**first.planning, "ratio": part})
+        return _down_to(wanted, families, dependencies, scores)
+    ladders = _ladders_left(first, lineage, families, dependencies, scores)
+    goal = first.dense - round((first.dense - first.target) * share)
+    columns = columns_of(ladders, uniform=first.planning.get("uniform", False))
+    search = Search(dependencies, columns, Budget(measure=first.measure, target=goal))
+    if search.dense <= goal:  # the step before went past it, by a whole layer where half of one was asked
+        return PruningPlan.from_removal(dependencies, {})
+    return solved(search, first.chosen)
 
 
-def _on_the_way(first: _First, share: float, measure: str) -> int:
-    """A count between what the dense model costs and what the last one will."""
-    if measure == "params":
-        dense, end = first.whole.params_before, first.whole.params_after
-    else:
-        dense, end = (getattr(cost, measure) for cost in (first.whole.dense_cost, first.whole.cost()))
-    return dense - round((dense - end) * share)
-
-
-def _down_to(wanted: PruningPlan, dependencies: DependencyMap, scores: Scores) -> PruningPlan:
+def _down_to(
+    wanted: PruningPlan,
+    families: Mapping[str, GroupFamily],
+    dependencies: DependencyMap,
+    scores: Scores,
+) -> PruningPlan:
     """Remove the lowest-scored groups of each family until it has the sizes of a plan for the dense model."""
-    known = {family.name: family for family in dependencies.families}
     removal = {}
     for name, groups in wanted.removal.items():
-        dense = wanted.dependencies.family(name)
-        family = known.get(name)
-        if family is None or _places(family) != _places(dense):
+        if name not in families:
             continue  # one group is left of it, which no longer is a family
+        dense, family = wanted.dependencies.family(name), families[name]
         left = (dense.size - len(groups)) // _parts(dense) * _parts(family)
         going = max(family.size - left, 0)
         if going:
-            removal[name] = _lowest(family, scores, going)
+            removal[family.name] = family_ladder(family, scores, Limits()).order[:going].tolist()
     return PruningPlan.from_removal(dependencies, removal)
 
 
-def _places(family: GroupFamily) -> set[tuple[str, int]]:
-    """What a family cuts: with one KV head left, its query heads take over the name but not the places."""
-    return {(piece.parameter, piece.dim) for piece in family.slices}
+def _ladders_left(
+    first: _First,
+    lineage: Lineage,
+    families: Mapping[str, GroupFamily],
+    dependencies: DependencyMap,
+    scores: Scores,
+) -> list[Ladder]:
+    """What may still go, down to the sizes at which it ends in the dense model."""
+    units = lineage.units(dependencies)
+    ladders = []
+    for dense in first.ladders:
+        if dense.units:
+            left = [units[unit] for unit in dense.units if unit in units]
+            if left:
+                ladders.append(replace(depth_ladder(dense.kind, left, scores), least=dense.least))
+        elif dense.name in families and families[dense.name].cuttable:
+            family = families[dense.name]
+            whole, now = _parts(first.dependencies.family(dense.name)), _parts(family)
+            ladder = family_ladder(family, scores, Limits())
+            step, least = dense.step // whole * now, dense.lowest // whole * now
+            ladders.append(replace(ladder, kind=dense.kind, step=step, least=least))
+    return ladders
+
+
+def _read_once(layers: Any) -> Any:
+    """What may be read in every step, of an iterator too."""
+    number = whole_number(layers)
+    if number is not None:
+        return number
+    return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
 
 
 def _parts(family: GroupFamily) -> int:
     return 1 if family.partition is None else len(np.unique(family.partition))
-
-
-def _lowest(family: GroupFamily, scores: Scores, count: int) -> list[int]:
-    return family_ladder(family, scores, Limits()).order[:count].tolist()

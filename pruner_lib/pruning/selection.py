@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pruner_lib.discovery.families import KINDS, GroupFamily
-from pruner_lib.discovery.units import UNITS
+from pruner_lib.discovery.units import UNITS, layer_numbers
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
@@ -106,7 +105,7 @@ def chosen_layers(
 def _numbers(label: str, layers: int | Iterable[int]) -> list[int]:
     """Sorted numbers of layers, each once."""
     try:
-        return sorted({operator.index(layer) for layer in ([layers] if isinstance(layers, int) else layers)})
+        return sorted(set(layer_numbers(layers)))
     except TypeError as error:
         raise ValueError(
             f"{label} are numbers of layers, such as range(4, 27) or [0, 1, 29], not {layers!r}"

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery import DependencyMap
 from pruner_lib.discovery.zeroing import zeroed_in_place
-from pruner_lib.importance.calibration import check_batches, mean_loss, micro_batches, untouched
+from pruner_lib.importance.calibration import (
+    check_batches,
+    default_size,
+    mean_loss,
+    memory_advice,
+    micro_batches,
+    untouched,
+)
 from pruner_lib.pruning.ladders import Scores
 from pruner_lib.pruning.planning import plan_pruning
 
@@ -164,7 +171,7 @@ def scan_sensitivity(
         ratio: share of the layer's groups that go, in (0, 1).
         kinds: what is pruned.
         separate: one curve per kind besides the one of all kinds together.
-        micro_batch_size: sequences run at once; None for all.
+        micro_batch_size: sequences run at once; None for about 2048 tokens.
         source: what the text is, for the record.
 
     Returns:
@@ -174,6 +181,7 @@ def scan_sensitivity(
         ValueError: a ratio outside (0, 1), unusable batches, kinds without families in any layer,
             missing scores.
         FloatingPointError: a loss that is NaN or infinite.
+        MemoryError: the device ran out of memory.
 
     Source: layer sensitivity, Li et al. (arXiv 1608.08710), section 3.2; LLM-Pruner keeps the first
         and last layers by hand.
@@ -181,7 +189,8 @@ def scan_sensitivity(
     if not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio} is outside (0, 1): it is the share of each layer's groups that go")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    pieces = micro_batches(check_batches(model, batches), micro_batch_size)
+    batches = check_batches(model, batches)
+    pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
     plan = plan_pruning(dependencies, scores, ratio=ratio, kinds=kinds)
     spanning = [name for name in plan.removal if dependencies.family(name).layer is None]
     if spanning:
@@ -189,7 +198,7 @@ def scan_sensitivity(
     curves: dict[str, tuple[str, ...]] = {TOGETHER: kinds}
     if separate and len(kinds) > 1:
         curves |= {kind: (kind,) for kind in kinds}
-    with untouched(model):
+    with untouched(model), memory_advice(batches):
         dense = mean_loss(model, pieces)
         found = {
             name: tuple(

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from pruner_lib.pruning.attributes import Assignment, apply_assignment, find_assignment
 from pruner_lib.pruning.compensation import Compensation
 from pruner_lib.pruning.compensation import compensate as fit_readers
+from pruner_lib.pruning.compensation.compensate import as_settings
 from pruner_lib.pruning.configuration import Blueprint, find_blueprint, follow_blueprint, shapes_of
 from pruner_lib.pruning.dropping import drop_in_place
 from pruner_lib.pruning.errors import PruningError
+from pruner_lib.pruning.expert_widths import warn_of_expert_widths
 from pruner_lib.pruning.in_turn import kinds_in_turn, prune_in_turn
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ratios import profiles
@@ -28,7 +30,8 @@ def prune(
     sizes, the configuration) follow; the softmax scale stays.
 
     The cut checks itself: discovery on the cut model, without values, must find the family sizes
-    that the plan promises, or the cut is refused.
+    that the plan promises, or the cut is refused. It warns once of experts at a width that torch's grouped
+    matrix product, in which transformers runs them by default, cannot run.
 
     Args:
         model: left bit for bit as it is; meta models are fine.
@@ -40,7 +43,7 @@ def prune(
         A new model, ordinary in every way: it generates with a cache, trains, takes adapters.
 
     Raises:
-        TypeError: no plan.
+        TypeError: no plan, or something else to compensate with.
         PruningError: the plan is for another model, or no way was found to make the model's code
             run at the new sizes.
 
@@ -50,12 +53,12 @@ def prune(
         46
     """
     _check_same_model(model, plan)
+    settings = None if compensate is None else as_settings(compensate)
+    pruned = _cut(model, plan.width, tuple(plan.dropped_modules.values()))
+    warn_of_expert_widths(model, plan)
     if plan.dropped:
-        cut = _cut(model, plan.width, tuple(plan.dropped_modules.values()))
-        pruned = drop_in_place(cut, plan.dropped_modules)
-    else:
-        pruned = _cut(model, plan)
-    return pruned if compensate is None else fit_readers(model, pruned, plan, compensate).model
+        pruned = drop_in_place(pruned, plan.dropped_modules)
+    return pruned if settings is None else fit_readers(model, pruned, plan, settings).model
 
 
 def _cut(model: nn.Module, plan: PruningPlan, spared: tuple[str, ...] = ()) -> nn.Module:
