@@ -2,11 +2,15 @@
 
 The model is a random Qwen3 of another depth, with other head counts and another tokenizer. What is *found*
 on it means nothing; whatever a notebook asserts must hold for it all the same, or be guarded.
+
+On this model every cell is also run twice in a row, as students do: nothing may break, and what is said
+must be the same.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 
 import nbformat
@@ -19,6 +23,7 @@ from pruner_lib.assets import load_text
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("0[0-5]_*.ipynb"))
+SMALL = sorted(FOLDER.glob("0[67]_*.ipynb"))  # their own models are tiny, or have no weights
 # Values for a model that learns nothing; whichever of them a notebook has.
 CHEAP = {"eval_windows": 4, "num_windows": 2, "recovery_steps": 2, "new_tokens": 4}
 
@@ -78,20 +83,58 @@ def workspaces(tmp_path_factory):
     return folder
 
 
-@pytest.mark.real_model
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_on_a_second_model(path, second_model, workspaces, tmp_path, monkeypatch):
+@pytest.fixture
+def run(second_model, workspaces, tmp_path, monkeypatch):
+    """Executes a notebook and returns its code cells; 00 to 05 on the second model."""
     import papermill
 
     monkeypatch.setenv("PRUNER_LIB_CACHE", str(workspaces))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    values = {name: value for name, value in CHEAP.items() if name in parameters(path)}
-    executed = papermill.execute_notebook(
-        path, tmp_path / path.name, {"model_name": str(second_model), "device": "cpu", **values},
-        kernel_name="python3", cwd=FOLDER, progress_bar=False, execution_timeout=300,
-        extra_arguments=["--IPKernelApp.log_level=40"],
-    )  # fmt: skip
-    cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+
+    def execute(path):
+        values = {name: value for name, value in CHEAP.items() if name in parameters(path)}
+        model = {"model_name": str(second_model), "device": "cpu"}
+        executed = papermill.execute_notebook(
+            path, tmp_path / f"executed-{path.name}", {} if path.name >= "06" else model | values,
+            kernel_name="python3", cwd=FOLDER, progress_bar=False, execution_timeout=300,
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )  # fmt: skip
+        return [cell for cell in executed.cells if cell.cell_type == "code"]
+
+    return execute
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_on_a_second_model(path, second_model, run):
+    cells = run(path)
     assert all(cell.execution_count for cell in cells)
     assert str(second_model) in "".join(cell.source for cell in cells[:3])
+
+
+def said(cell):
+    """What a cell printed or returned, as text."""
+    streams = "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+    return streams, [o.data.get("text/plain") for o in cell.outputs if "data" in o]
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SMALL], ids=lambda path: path.stem)
+def test_every_cell_may_run_twice(path, run, tmp_path):
+    page = nbformat.read(path, as_version=4)
+    again = []
+    for cell in page.cells:
+        again.append(cell)
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            again.append(copy.deepcopy(cell))
+            again[-1].id += "-again"
+    page.cells = again
+    nbformat.write(page, tmp_path / path.name)
+    cells = [cell for cell in run(tmp_path / path.name) if "parameters" not in str(cell.metadata.tags)]
+    assert len(cells) > 20 and len(cells) % 2 == 0
+    for first, second in zip(cells[::2], cells[1::2], strict=True):
+        assert first.source == second.source
+        if "nbval-ignore-output" not in first.metadata.tags:
+            assert said(first) == said(second)
