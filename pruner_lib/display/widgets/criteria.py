@@ -120,9 +120,10 @@ class CriteriaExplorer(Panel):
         ]
         header = ["", "lowest groups, first to go first"]
         if self._truth is not None:
-            header += ["rank correlation with ablation", f"shares of the truly lowest {ratio:.0%}"]
+            header += ["rank correlation with ablation", f"share of the truly lowest {100 * ratio:.0f} %"]
         self.say(
-            f"{escape(line)} By chance it would be {ratio:.0%}.{table(header, rows, numbers=len(header) - 2)}"
+            f"{escape(line)} By chance it would be {100 * ratio:.0f} %."
+            f"{table(header, rows, numbers=len(header) - 2)}"
         )
         self.picture.value = image_tag(plot_ranks(*pair, family, ratio=ratio, names=names), line)
 
