@@ -10,7 +10,6 @@ you like. The page is written after every case.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Records
+from records import Records, study_parser
 
 import pruner_lib as pl
 from pruner_lib.assets.devices import computes_in_bfloat16
@@ -288,16 +287,7 @@ def run(study: Study, only: str = "") -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    parser.add_argument("--records", type=Path, default=Path("docs/quality/records.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/quality/study.md"))
-    parser.add_argument("--model", default=Study.model, help="(default: %(default)s)")
-    parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
-    for name in ("windows", "test_tokens"):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=getattr(Study, name), help="(default: %(default)s)")
-    parser.add_argument("--only", default="", help="cases whose names match this expression")
+    parser = study_parser(str(__doc__), "docs/quality", Study, model=str, windows=int, test_tokens=int)
     given = vars(parser.parse_args(arguments))
     only = given.pop("only")
     print(table(run(Study(**given), only)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import re
@@ -97,6 +98,27 @@ class Records:
         found = [self[case.name] for case in cases if case.name in self]
         write_page(found)
         return found
+
+
+def study_parser(text: str, folder: str, defaults: Any, **options: type) -> argparse.ArgumentParser:
+    """The command line of a study: where it is kept, on what it runs, which cases, and its own options.
+
+    Args:
+        text: what the study is.
+        folder: of its records and its page.
+        defaults: has an attribute for each option.
+        options: name to type.
+    """
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=how)
+    parser.add_argument("--records", type=Path, default=Path(folder, "records.json"))
+    parser.add_argument("--page", type=Path, default=Path(folder, "study.md"))
+    parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
+    parser.add_argument("--only", default="", help="cases whose names match this expression")
+    for name, kind in options.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=getattr(defaults, name), help="(default: %(default)s)")
+    return parser
 
 
 def machine() -> str:

@@ -11,7 +11,6 @@ you like. The page is written after every case.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Records
+from records import Records, study_parser
 
 import pruner_lib as pl
 from pruner_lib.assets.files import write_whole
@@ -319,22 +318,11 @@ def run(study: Study, only: str = "") -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--records", type=Path, default=Path("docs/recovery/records.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/recovery/study.md"))
+    texts, times = ("model", "instructions"), ("minutes", "screen_minutes")
+    numbers = ("num_self_generated", "test_tokens", "screen_tokens", "items", "seed")
+    options = dict.fromkeys(texts, str) | dict.fromkeys(times, float) | dict.fromkeys(numbers, int)
+    parser = study_parser(str(__doc__), "docs/recovery", Study, **options)
     parser.add_argument("--models", type=Path, default=Path("runs/recovery_study"))
-    parser.add_argument("--device", default=None, help="cpu, cuda … (default: CUDA if there is one)")
-    parser.add_argument("--only", default="", help="cases whose names match this expression")
-    for name in ("model", "instructions"):
-        parser.add_argument(f"--{name}", default=getattr(Study, name), help="(default: %(default)s)")
-    for name in ("minutes", "screen_minutes"):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=float, default=getattr(Study, name), help="(default: %(default)s)")
-    for name in ("num_self_generated", "test_tokens", "screen_tokens", "items", "seed"):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=getattr(Study, name), help="(default: %(default)s)")
     given = vars(parser.parse_args(arguments))
     only = given.pop("only")
     print(table(run(Study(**given), only)))
