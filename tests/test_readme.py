@@ -57,8 +57,10 @@ def test_files_and_commands_that_contributors_are_told_of_exist():
     named = set(re.findall(r"make ([a-z]+)", text))
     assert [target for target in named if f"\n{target}:" not in makefile] == []
     for study in re.findall(r"`python (studies/\w+\.py)`", text):
-        (page,) = re.findall(r'"--page".*Path\("(.+)"\)', (ROOT / study).read_text(encoding="utf-8"))
-        assert f"`{page}`" in text, f"{study} writes {page}"
+        (folder,) = re.findall(
+            r'study_parser\(.*, "(docs/\w+)", Study', (ROOT / study).read_text(encoding="utf-8")
+        )
+        assert f"`{folder}/study.md`" in text, f"{study} writes into {folder}"
 
 
 def test_the_second_recipe_measures_no_family_that_it_does_not_plan():
