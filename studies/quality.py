@@ -48,6 +48,7 @@ class Case:
         compensation: None, ``"bias"`` or ``"ridge"``.
         calibration: kind of text for scores and compensation, or ``MIXED``.
         seed: of its draws.
+        steps: in how many it is cut; the model is compensated and scored again between them.
     """
 
     cut: str
@@ -57,6 +58,7 @@ class Case:
     compensation: str | None = None
     calibration: str = "wikitext2"
     seed: int = 0
+    steps: int = 1
 
     @property
     def name(self) -> str:
@@ -70,14 +72,14 @@ class Case:
             self.compensation or "plain",
             self.calibration,
         )
-        return " · ".join((*parts, f"seed {self.seed}"))
+        steps = (f"{self.steps} steps",) if self.steps > 1 else ()
+        return " · ".join((*parts, f"seed {self.seed}", *steps))
 
     @property
     def on_all_texts(self) -> bool:
         """Whether it is tested on more than one kind of text: the recipe at 20 %, and what it begins from."""
-        ours = dataclasses.replace(
-            BEST, calibration=self.calibration, compensation=self.compensation, seed=self.seed
-        )
+        free = ("calibration", "compensation", "seed", "steps")
+        ours = dataclasses.replace(BEST, **{name: getattr(self, name) for name in free})
         return self.cut == "dense" or self == ours
 
 
@@ -94,6 +96,7 @@ def cases() -> list[Case]:
         Case(LATE, "taylor_first", "local", compensation="ridge"),
         Case(LATE, "wanda", "local", compensation="ridge"),
     ]
+    found += [vary(BEST, steps=2)]
     found += [
         vary(BEST, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in (None, "ridge")
     ]
@@ -112,6 +115,7 @@ def cases() -> list[Case]:
         for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
             for scope in ("local", "global", "nats"):
                 found += [vary(BEST, criterion=criterion, scope=scope, compensation=c) for c in compensations]
+    found += [vary(BEST, steps=4)]
     return list(dict.fromkeys(found))
 
 
@@ -157,58 +161,78 @@ class Bench:
         return torch.stack(found, 1).flatten(0, 1)[:windows]
 
     def scores(self, case: Case) -> dict[str, torch.Tensor]:
-        """Of every family and layer that the case may remove."""
-        model, dependencies = self.dense[0], self.dependencies
+        """Of the dense model; made once for all cases that differ in what is done with them."""
         key = (case.criterion, case.scope == "nats", case.calibration, case.seed)
         if key not in self._scores:
-            families = dependencies.select(kind=HEADS_AND_NEURONS)
-            batches = self.batches(case, 64)
-            found = pl.estimate_importance(
-                model, dependencies, batches, criterion=case.criterion, families=families, micro_batch_size=16
-            )
-            if case.scope == "nats":
-                found = pl.scale_to_loss(model, dependencies, found, self.batches(case, 16, shift=1))
-            self._scores[key] = found
+            self._scores[key] = self.score(*self._dense_and_map, case)
         scores = dict(self._scores[key].scores)
         if "blocks" in case.what:
-            layers = pl.score_layers(model, dependencies, self.batches(case, 16, shift=1), measure="loss")
-            scores |= layers.scores
+            held = self.batches(case, 16, shift=1)
+            scores |= pl.score_layers(*self._dense_and_map, held, measure="loss").scores
         return scores
 
-    def plan(self, case: Case) -> pl.PruningPlan:
+    def score(self, model: Any, dependencies: pl.DependencyMap, case: Case) -> pl.ImportanceScores:
+        """Of every head and neuron."""
+        families = dependencies.select(kind=HEADS_AND_NEURONS)
+        found = pl.estimate_importance(
+            model, dependencies, self.batches(case, 64), criterion=case.criterion, families=families,
+            micro_batch_size=16,
+        )  # fmt: skip
+        if case.scope == "nats":
+            found = pl.scale_to_loss(model, dependencies, found, self.batches(case, 16, shift=1))
+        return found
+
+    @property
+    def _dense_and_map(self) -> tuple[Any, pl.DependencyMap]:
+        return self.dense[0], self.dependencies
+
+    def planning(self, case: Case) -> dict[str, Any]:
+        """Options of ``plan_pruning`` and ``prune_iteratively``."""
         kinds = {
             "neurons": ("mlp_neuron",),
             "heads, neurons": HEADS_AND_NEURONS,
             "blocks": ("block",),
             "blocks, neurons": ("block", "mlp_neuron"),
         }[case.what]
-        scores = self.scores(case)
         if case.cut == LATE:
-            layers = range(4, self.dependencies.num_layers - 3)
-            return pl.plan_pruning(self.dependencies, scores, ratio=0.5, layers=layers, kinds=kinds)
-        target = {"target_params": SHARES[case.cut]}
-        if case.scope == "nats":
-            return pl.plan_pruning(self.dependencies, scores, preset="best", kinds=kinds, **target)
-        return pl.plan_pruning(self.dependencies, scores, scope=case.scope, kinds=kinds, **target)
+            return {"ratio": 0.5, "layers": range(4, self.dependencies.num_layers - 3), "kinds": kinds}
+        how = {"preset": "best"} if case.scope == "nats" else {"scope": case.scope}
+        return {"target_params": SHARES[case.cut], "kinds": kinds, **how}
+
+    def pruned(self, case: Case, record: dict[str, Any]) -> Any:
+        """Cut and compensate; notes what it took and what the fit did."""
+        model, fit = self.dense[0], self._fit(case)
+        begun = time.perf_counter()
+        if case.steps > 1:
+
+            def score(current: Any, dependencies: pl.DependencyMap) -> Any:
+                return self.scores(case) if current is model else self.score(current, dependencies, case)
+
+            options = {"steps": case.steps, "compensate": fit, **self.planning(case)}
+            *_, last = pl.prune_iteratively(model, score, **options)
+            record["seconds"] = time.perf_counter() - begun
+            return last.model
+        plan = pl.plan_pruning(self.dependencies, self.scores(case), **self.planning(case))
+        record["plan_seconds"] = time.perf_counter() - begun
+        pruned = pl.prune(model, plan)
+        if fit is not None:
+            done = pl.compensate(model, pruned, plan, fit)
+            record["fit"], pruned = _summary(done), done.model
+        record["seconds"] = time.perf_counter() - begun
+        return pruned
+
+    def _fit(self, case: Case) -> Compensation | None:
+        if case.compensation is None:
+            return None
+        return Compensation(self.batches(case, self.study.windows, shift=2), method=case.compensation)
 
 
 def run_case(bench: Bench, case: Case) -> dict[str, Any]:
     """Cut, compensate, measure."""
     model, tokenizer = bench.dense
     record: dict[str, Any] = {**asdict(case), "dense_params": sum(p.numel() for p in model.parameters())}
-    begun = time.perf_counter()
     if case.cut != "dense":
-        plan = bench.plan(case)
-        record["plan_seconds"] = time.perf_counter() - begun
-        model = pl.prune(model, plan)
-        if case.compensation is not None:
-            settings = Compensation(
-                bench.batches(case, bench.study.windows, shift=2), method=case.compensation
-            )
-            done = pl.compensate(bench.dense[0], model, plan, settings)
-            record["fit"] = _summary(done)
-            model = done.model
-        record["seconds"] = time.perf_counter() - begun
+        model = bench.pruned(case, record)
     record["params"] = sum(p.numel() for p in model.parameters())
     quick = next(model.parameters()).device.type == "cpu" and computes_in_bfloat16(torch.device("cpu"))
     tested = copy.deepcopy(model).to(torch.bfloat16) if quick else model
@@ -230,6 +254,12 @@ def _summary(done: Compensated) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _ranking(record: Mapping[str, Any]) -> str:
+    """How groups are compared, in words."""
+    steps = record.get("steps", 1)
+    return record["scope"] + (f", {steps} steps" if steps > 1 else "")
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Rows with ratios to the dense model."""
     dense = next((r for r in records if r["cut"] == "dense"), None)
@@ -248,7 +278,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 7 + "---:|" * (1 + len(columns))]
     for record in records:
         told = ["–"] * 6 if record["cut"] == "dense" else [
-            record["criterion"], record["scope"], record["what"], record["compensation"] or "none",
+            record["criterion"], _ranking(record), record["what"], record["compensation"] or "none",
             record["calibration"], str(record["seed"]),
         ]  # fmt: skip
         share = record["params"] / record["dense_params"]

@@ -9,7 +9,7 @@ from test_surgery import logits, tiny
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import estimate_importance, score_layers
-from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune_iteratively
+from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune, prune_iteratively
 
 BATCHES = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(2))
 
@@ -248,6 +248,71 @@ def test_a_preset_is_approached_like_its_arguments():
         prune_iteratively(grouped(), score, steps=2, ratio=0.4, scope="global", kinds=iter(["mlp_neuron"]))
     )
     assert [dict(s.plan.removal) for s in by_preset] == [dict(s.plan.removal) for s in spelt]
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "options"),
+    [
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}, {"ratio": 0.7}),
+        ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2}, {"ratio": 0.5}),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4},
+         {"target_params": 0.7, "scope": "global"}),
+        ("llama", {"num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 64},
+         {"ratio": 0.75, "kinds": ("attention_head", "query_head")}),
+        ("gpt2", {}, {"ratio": 0.5, "kinds": ("mlp_neuron", "hidden_channel")}),
+        ("gpt_neox", {}, {"ratio": 0.5}),
+    ],
+)  # fmt: skip
+def test_the_steps_together_are_one_plan_for_the_dense_model(arch, shape, options):
+    model = tiny(arch, **shape)
+    for step in prune_iteratively(model, score, steps=3, **options):
+        at_once = prune(model, step.total)
+        expected = step.model.state_dict()
+        found = at_once.state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert torch.equal(logits(at_once), logits(step.model))
+
+
+@pytest.mark.parametrize("kinds", ["block", "mlp", ("block", "mlp"), ("attention", "mlp_neuron")])
+def test_dropped_layers_are_in_the_plan_of_all_steps(kinds):
+    model = tiny("llama", num_hidden_layers=5)
+
+    def by_influence(current, dependencies):
+        layers = score_layers(current, dependencies, BATCHES, unit=("block", "attention", "mlp")).scores
+        return {**layers, **score(current, dependencies).scores}
+
+    *_, last = prune_iteratively(model, by_influence, steps=4, ratio=0.6, kinds=kinds)
+    assert last.total.dropped
+    at_once = prune(model, last.total)
+    assert at_once.config.num_hidden_layers == last.model.config.num_hidden_layers
+    assert torch.equal(logits(at_once), logits(last.model))
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens for")
+def test_each_compensated_step_is_fitted_to_the_dense_model():
+    """And is what is scored next."""
+    model, seen = grouped(), []
+
+    def watched(current, dependencies):
+        seen.append(current)
+        return score(current, dependencies)
+
+    steps = list(prune_iteratively(model, watched, steps=3, target_params=0.7, compensate=BATCHES))
+    assert seen[0] is model and seen[1] is steps[0].model and seen[2] is steps[1].model
+    for step in steps:
+        fitted = prune(model, step.total, compensate=BATCHES).state_dict()
+        assert all(torch.equal(fitted[name], value) for name, value in step.model.state_dict().items())
+        cut = prune(model, step.total).state_dict()
+        assert any(not torch.equal(cut[name], value) for name, value in step.model.state_dict().items())
+
+
+def test_compensation_takes_the_place_of_what_is_done_between():
+    options = {"ratio": 0.5, "between": copy.deepcopy, "compensate": BATCHES}
+    with pytest.raises(ValueError, match="give between or compensate"):
+        prune_iteratively(grouped(), score, **options)
+    with pytest.raises(TypeError, match="compensate wants calibration token ids"):
+        prune_iteratively(grouped(), score, ratio=0.5, compensate=True)
 
 
 def test_the_given_model_is_untouched():

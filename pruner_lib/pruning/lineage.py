@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from pruner_lib.discovery.grouping import layer_list
 from pruner_lib.discovery.units import depth_units, layer_of_unit
+from pruner_lib.pruning.plan import PruningPlan
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap, GroupFamily
-    from pruner_lib.pruning.plan import PruningPlan
 
 Place = tuple[str, int]
 Rows = dict[Place, np.ndarray]  # indices of one group, by place
@@ -31,12 +31,14 @@ class Lineage:
         path: of the list of layers.
         layers: number in the dense model of each layer that is left.
         kept: indices in the dense model of what is left, for each dimension that was cut.
+        dropped: layers and sublayers that went whole, by their names in the dense model.
     """
 
     dense: DependencyMap
     path: str
     layers: tuple[int, ...]
     kept: Mapping[Place, np.ndarray]
+    dropped: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dense: DependencyMap) -> Lineage:
@@ -54,7 +56,22 @@ class Lineage:
                 kept[name, dim] = np.delete(before, gone)
         whole = {layer_of_unit(unit) for unit in plan.dropped if unit.count(".") == 1}
         layers = tuple(dense for layer, dense in enumerate(self.layers) if layer not in whole)
-        return Lineage(self.dense, self.path, layers, kept)
+        names = {now: then for then, now in self.units(plan.dependencies).items()} if plan.dropped else {}
+        dropped = (*self.dropped, *(names[unit] for unit in plan.dropped))
+        return Lineage(self.dense, self.path, layers, kept, dropped)
+
+    def total(self, kinds: Collection[str]) -> PruningPlan:
+        """All cuts so far as one plan for the dense model.
+
+        Args:
+            kinds: of the families that were cut.
+        """
+        removal = {
+            family.name: gone.tolist()
+            for family in self.dense.families
+            if family.kind in kinds and len(gone := self._gone(family))
+        }
+        return PruningPlan.from_removal(self.dense, removal, dropped=self._whole())
 
     def families(self, now: DependencyMap) -> dict[str, GroupFamily]:
         """What is left of each family of the dense model, under its name there; one group is no family."""
@@ -75,6 +92,21 @@ class Lineage:
         return {
             f"layers.{self.layers[layer_of_unit(unit)]}{_inside(unit)}": unit for unit in depth_units(now)
         }
+
+    def _gone(self, dense: GroupFamily) -> np.ndarray:
+        """Groups of which nothing is left."""
+        gone = np.ones(dense.size, dtype=bool)
+        for piece in dense.slices:
+            kept = self.kept.get((piece.parameter, piece.dim))
+            if kept is None:
+                return np.zeros(0, dtype=np.int64)
+            gone &= ~np.isin(piece.index, kept).reshape(dense.size, -1).any(axis=1)
+        return np.flatnonzero(gone)
+
+    def _whole(self) -> list[str]:
+        """What was dropped; of a layer that went after one of its sublayers, the layer alone."""
+        layers = {layer_of_unit(unit) for unit in self.dropped if not _inside(unit)}
+        return [unit for unit in self.dropped if not (_inside(unit) and layer_of_unit(unit) in layers)]
 
     def _dense_name(self, parameter: str) -> str:
         """Name in the dense model of a parameter of the model that is left."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
 from pruner_lib.discovery.units import UNITS, whole_number
 from pruner_lib.pruning.budgets import Budget, Search
+from pruner_lib.pruning.compensation import Compensation
+from pruner_lib.pruning.compensation.compensate import as_settings
 from pruner_lib.pruning.ladders import Ladder, Scores, columns_of, depth_ladder, family_ladder
 from pruner_lib.pruning.lineage import Lineage
 from pruner_lib.pruning.plan import PruningPlan
@@ -33,6 +35,8 @@ class PruningStep:
         plan: what went in this step, in the groups of the model before it.
         scores: what chose it.
         model: the model after it.
+        total: what went in this step and before, in the groups of the dense model: ``prune(dense, total)``
+            has the sizes of ``model``, and where nothing was done to it between the steps its weights.
     """
 
     number: int
@@ -40,6 +44,7 @@ class PruningStep:
     plan: PruningPlan
     scores: Scores
     model: nn.Module
+    total: PruningPlan
 
     def __repr__(self) -> str:
         before, after = self.plan.params_before, self.plan.params_after
@@ -52,6 +57,7 @@ def prune_iteratively(
     *,
     steps: int = 4,
     between: Callable[[nn.Module], nn.Module] | None = None,
+    compensate: Compensation | Tensor | None = None,
     **planning: Any,
 ) -> Iterator[PruningStep]:
     """Prune a little, score what is left, prune again.
@@ -67,6 +73,10 @@ def prune_iteratively(
     ``minimum`` and ``round_to`` mean the dense model's sizes in every step. Where one step went past the goal
     of the next, as a dropped layer may, the next plan is empty.
 
+    With ``compensate``, each step cuts the *dense* model by all that has been chosen so far and fits its
+    readers to the dense model's outputs, as ``prune(…, compensate=…)`` does; so what the fit makes up for
+    counts when the rest is chosen, and no error of an earlier fit stays.
+
     Example:
         >>> def score(model, dependencies):
         ...     return estimate_importance(model, dependencies, batches)
@@ -80,21 +90,30 @@ def prune_iteratively(
         steps: how many.
         between: called with the model after every step but the last (a short recovery, for instance);
             what it returns is pruned next.
+        compensate: calibration token ids ``[N, L]`` or :class:`Compensation`: the readers are fitted again in
+            closed form after every step, the last one too.
         **planning: as for :func:`plan_pruning`.
 
     Yields:
         One step after another; drop the earlier ones to free their models.
 
     Raises:
-        ValueError: fewer than one step; layers by number together with dropped blocks, which would be
-            renumbered on the way; whatever ``plan_pruning`` refuses; and, from a later step, a model made by
-            ``between`` whose parameters have other names or sizes.
+        ValueError: fewer than one step; both ``between`` and ``compensate``; layers by number together with
+            dropped blocks, which would be renumbered on the way; whatever ``plan_pruning`` refuses; and, from
+            a later step, a model made by ``between`` whose parameters have other names or sizes.
+        TypeError: something else to compensate with.
         PruningError: see ``prune``.
 
     Source: iterative pruning, Molchanov et al. (arXiv 1611.06440), section 2.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if between is not None and compensate is not None:
+        raise ValueError(
+            "give between or compensate: a compensated step begins from the dense model again, and what "
+            "between did to the last one would be lost. Train the last step's model instead"
+        )
+    settings = None if compensate is None else as_settings(compensate)
     given = (planning.get(name) for name in ("preset", "scope", "kinds", "ranking"))
     chosen = resolved(*given)
     planning |= {"kinds": chosen.kinds}
@@ -107,7 +126,8 @@ def prune_iteratively(
     dependencies = discover(model)
     scores = score(model, dependencies)
     plan_pruning(dependencies, scores, **planning)  # refuses here what could never be met
-    return _steps(model, score, steps, between, _First.of(dependencies, scores, chosen, planning))
+    first = _First.of(dependencies, scores, chosen, planning)
+    return _steps(model, score, steps, between, settings, first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +173,7 @@ def _steps(
     score: Score,
     steps: int,
     between: Callable[[nn.Module], nn.Module] | None,
+    settings: Compensation | None,
     first: _First,
 ) -> Iterator[PruningStep]:
     current, dependencies, scores = model, first.dependencies, first.scores
@@ -163,8 +184,10 @@ def _steps(
             dependencies = discover(current)
             scores = score(current, dependencies)
         plan = _next_plan(first, lineage, dependencies, scores, number / steps)
-        current, lineage = prune(current, plan), lineage.after(plan)
-        yield PruningStep(number, steps, plan, scores, current)
+        lineage = lineage.after(plan)
+        total = lineage.total(first.chosen.kinds)
+        current = prune(current, plan) if settings is None else prune(model, total, compensate=settings)
+        yield PruningStep(number, steps, plan, scores, current, total)
 
 
 def _still_the_same(given: nn.Module, returned: nn.Module) -> nn.Module:
