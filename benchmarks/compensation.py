@@ -1,10 +1,13 @@
-"""What compensation costs: seconds and memory, and how they grow with width, layers and tokens.
+"""What compensation costs, and the whole recipe: seconds and memory, as width, layers and tokens grow.
 
     python benchmarks/compensation.py              # random Llamas of growing size, then the default model
     python benchmarks/compensation.py --no-default
 
-A quarter of the neurons and KV heads of each layer goes; every case runs in a process of its own. Memory is
-what that process needed at most (resident set) beyond what it held before: the dense and the pruned model.
+First the fit alone, with a quarter of the neurons and KV heads of each layer gone; then all that leads from a
+dense model to a compensated one of 80 % of its parameters: discovery, scores from a quarter of the text,
+scores scaled to the loss on a sixteenth of it, plan, cut, fit on all of it. Every case runs in a process of
+its own. Memory is what that process needed at most (resident set) beyond what it held before: the dense
+model, and for the fit alone the pruned one.
 """
 
 from __future__ import annotations
@@ -16,13 +19,22 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruner_lib import discover, load_calibration, load_model, plan_pruning, prune
+from pruner_lib import (
+    discover,
+    estimate_importance,
+    load_calibration,
+    load_model,
+    plan_pruning,
+    prune,
+    scale_to_loss,
+)
 from pruner_lib.pruning import compensate
 
 LENGTH = 128
@@ -45,6 +57,9 @@ GROWING = [
     *(replace(BASE, windows=windows) for windows in (64, 128)),
 ]
 DEFAULT = [Case(0, 30, windows) for windows in (32, 64)]
+WHOLE_DEFAULT = [Case(0, 30, windows) for windows in (64, 256)]
+KINDS = ("attention_head", "mlp_neuron")
+STAGES = ("discovery", "scores", "scaled", "plan and cut", "fit")
 
 
 def model_and_text(case: Case) -> tuple[nn.Module, torch.Tensor]:
@@ -62,19 +77,70 @@ def model_and_text(case: Case) -> tuple[nn.Module, torch.Tensor]:
     return LlamaForCausalLM(config).eval(), torch.randint(512, (case.windows, LENGTH))
 
 
-def measured(case: Case) -> dict[str, float]:
+def held() -> int:
+    """The most memory that this process has held, KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def mebibytes(*models: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for model in models for p in model.parameters()) / 2**20
+
+
+def the_fit(case: Case) -> dict[str, float]:
     model, text = model_and_text(case)
     dependencies = discover(model)
     scores = {f.name: torch.rand(f.size) for f in dependencies.families}
-    plan = plan_pruning(dependencies, scores, ratio=0.25, kinds=("attention_head", "mlp_neuron"))
+    plan = plan_pruning(dependencies, scores, ratio=0.25, kinds=KINDS)
     pruned = prune(model, plan)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    before, start = held(), time.perf_counter()
     compensate(model, pruned, plan, text)
     seconds = time.perf_counter() - start
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    both = sum(p.numel() * p.element_size() for m in (model, pruned) for p in m.parameters())
-    return {"seconds": seconds, "mebibytes": grown / 1024, "both": both / 2**20}
+    return {"seconds": seconds, "memory": (held() - before) / 1024, "models": mebibytes(model, pruned)}
+
+
+def the_recipe(case: Case) -> dict[str, float]:
+    model, text = model_and_text(case)
+    before, times = held(), [time.perf_counter()]
+
+    def done() -> None:
+        times.append(time.perf_counter())
+
+    dependencies = discover(model)
+    done()
+    families = dependencies.select(kind=KINDS)
+    part = text[: len(text) // 4]
+    scores = estimate_importance(model, dependencies, part, criterion="wanda", families=families)
+    done()
+    nats = scale_to_loss(model, dependencies, scores, text[: max(2, len(text) // 16)])
+    done()
+    plan = plan_pruning(dependencies, nats, target_params=0.8, preset="best")
+    pruned = prune(model, plan)
+    done()
+    compensate(model, pruned, plan, text)
+    done()
+    seconds = dict(zip(STAGES, [b - a for a, b in pairwise(times)], strict=True))
+    return {**seconds, "memory": (held() - before) / 1024, "models": mebibytes(model)}
+
+
+MEASURES = {"fit": the_fit, "recipe": the_recipe}
+
+
+def in_a_process(what: str, case: Case) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__)), "--case", json.dumps([what, asdict(case)])]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(head: list[str], what: str, cases: list[Case]) -> None:
+    """One table."""
+    print("| " + " | ".join(["width", "layers", "tokens", *head]) + " |")
+    print("|" + "---:|" * (3 + len(head)), flush=True)
+    for case in cases:
+        *seconds, memory, models = in_a_process(what, case).values()
+        cells = [str(case.width or "SmolLM2, 576"), str(case.layers), f"{case.windows * LENGTH:,}"]
+        total = [sum(seconds)] if len(seconds) > 1 else []
+        cells += [f"{each:.1f}" for each in [*seconds, *total]] + [f"{memory:,.0f} MiB", f"{models:,.0f} MiB"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -83,19 +149,14 @@ def main() -> None:
     options.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.case is not None:
-        print(json.dumps(measured(Case(**given.case))))
+        what, case = given.case
+        print(json.dumps(MEASURES[what](Case(**case))))
         return
-    print("| width | layers | tokens | seconds | memory beyond the two models | the two models |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    for case in GROWING + ([] if given.no_default else DEFAULT):
-        command = [sys.executable, str(Path(__file__)), "--case", json.dumps(asdict(case))]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"| {case.width or 'SmolLM2, 576'} | {case.layers} | {case.windows * LENGTH:,} | "
-            f"{found['seconds']:.1f} | {found['mebibytes']:,.0f} MiB | {found['both']:,.0f} MiB |",
-            flush=True,
-        )
+    default, whole = ([], []) if given.no_default else (DEFAULT, WHOLE_DEFAULT)
+    show(["seconds", "memory beyond the two models", "the two models"], "fit", GROWING + default)
+    print()
+    head = [f"{stage}, s" for stage in STAGES]
+    show([*head, "all, s", "memory beyond the model", "the model"], "recipe", GROWING + whole)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_surgery import logits, tiny
 
+from pruner_lib.checkpoint import load_pruned, save_pruned
 from pruner_lib.discovery import discover
 from pruner_lib.importance import estimate_importance, score_layers
 from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune, prune_iteratively
@@ -305,6 +306,14 @@ def test_each_compensated_step_is_fitted_to_the_dense_model():
         assert all(torch.equal(fitted[name], value) for name, value in step.model.state_dict().items())
         cut = prune(model, step.total).state_dict()
         assert any(not torch.equal(cut[name], value) for name, value in step.model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens for")
+def test_the_last_step_is_saved_with_the_plan_of_all(tmp_path):
+    options = {"target_params": 0.7, "scope": "global", "compensate": BATCHES}
+    *_, last = prune_iteratively(grouped(), score, steps=2, **options)
+    save_pruned(last.model, tmp_path / "saved", plan=last.total)
+    assert torch.equal(logits(load_pruned(tmp_path / "saved")), logits(last.model))
 
 
 def test_compensation_takes_the_place_of_what_is_done_between():

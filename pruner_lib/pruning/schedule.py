@@ -36,7 +36,8 @@ class PruningStep:
         scores: what chose it.
         model: the model after it.
         total: what went in this step and before, in the groups of the dense model: ``prune(dense, total)``
-            has the sizes of ``model``, and where nothing was done to it between the steps its weights.
+            has the sizes of ``model``, and where nothing was done to it between the steps its weights;
+            ``save_pruned`` takes it.
     """
 
     number: int
