@@ -49,6 +49,7 @@ class Case:
         calibration: kind of text for scores and compensation, or ``MIXED``.
         seed: of its draws.
         steps: in how many it is cut; the model is compensated and scored again between them.
+        windows: of text that the fit reads; 0 takes the study's.
     """
 
     cut: str
@@ -59,6 +60,7 @@ class Case:
     calibration: str = "wikitext2"
     seed: int = 0
     steps: int = 1
+    windows: int = 0
 
     @property
     def name(self) -> str:
@@ -72,13 +74,14 @@ class Case:
             self.compensation or "plain",
             self.calibration,
         )
-        steps = (f"{self.steps} steps",) if self.steps > 1 else ()
-        return " · ".join((*parts, f"seed {self.seed}", *steps))
+        more = [f"{self.steps} steps"] if self.steps > 1 else []
+        more += [f"{self.windows} windows"] if self.windows else []
+        return " · ".join((*parts, f"seed {self.seed}", *more))
 
     @property
     def on_all_texts(self) -> bool:
         """Whether it is tested on more than one kind of text: the recipe at 20 %, and what it begins from."""
-        free = ("calibration", "compensation", "seed", "steps")
+        free = ("calibration", "compensation", "seed", "steps", "windows")
         ours = dataclasses.replace(BEST, **{name: getattr(self, name) for name in free})
         return self.cut == "dense" or self == ours
 
@@ -110,7 +113,8 @@ def cases() -> list[Case]:
         for c in (None, "ridge")
     ]
     found += [vary(BEST, compensation="bias")]
-    found += [vary(BEST, seed=seed) for seed in (1, 2)]
+    found += [vary(BEST, steps=2, windows=1024)]
+    found += [vary(BEST, seed=seed, steps=steps) for steps in (1, 2) for seed in (1, 2)]
     for compensations in ((None, "ridge"), ("bias",)):
         for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
             for scope in ("local", "global", "nats"):
@@ -224,7 +228,8 @@ class Bench:
     def _fit(self, case: Case) -> Compensation | None:
         if case.compensation is None:
             return None
-        return Compensation(self.batches(case, self.study.windows, shift=2), method=case.compensation)
+        windows = self.batches(case, case.windows or self.study.windows, shift=2)
+        return Compensation(windows, method=case.compensation)
 
 
 def run_case(bench: Bench, case: Case) -> dict[str, Any]:
@@ -260,6 +265,12 @@ def _ranking(record: Mapping[str, Any]) -> str:
     return record["scope"] + (f", {steps} steps" if steps > 1 else "")
 
 
+def _fitted(record: Mapping[str, Any]) -> str:
+    """How readers were fitted, and on how much where that is not the study's."""
+    windows = record.get("windows", 0)
+    return (record["compensation"] or "none") + (f", {windows:,} windows" if windows else "")
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Rows with ratios to the dense model."""
     dense = next((r for r in records if r["cut"] == "dense"), None)
@@ -278,7 +289,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 7 + "---:|" * (1 + len(columns))]
     for record in records:
         told = ["–"] * 6 if record["cut"] == "dense" else [
-            record["criterion"], _ranking(record), record["what"], record["compensation"] or "none",
+            record["criterion"], _ranking(record), record["what"], _fitted(record),
             record["calibration"], str(record["seed"]),
         ]  # fmt: skip
         share = record["params"] / record["dense_params"]
