@@ -6,7 +6,11 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+import pruner_lib as pl
+from pruner_lib.pruning.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,30 +67,43 @@ def test_files_and_commands_that_contributors_are_told_of_exist():
         assert f"`{folder}/study.md`" in text, f"{study} writes into {folder}"
 
 
-def test_the_second_recipe_measures_no_family_that_it_does_not_plan():
+@pytest.fixture
+def names():
+    """What the README's recipes use, with a tiny model for the real one."""
     from recovery_models import tiny_llama
 
-    import pruner_lib as pl
-    from pruner_lib.pruning.presets import PRESETS
-
-    code = TEXT.split("```python")[2].split("```")[0]
     model = tiny_llama()
-    dependencies = pl.discover(model)
-    ids = torch.randint(40, (20, 12), generator=torch.Generator().manual_seed(0))
-    names = {name: getattr(pl, name) for name in pl.__all__}
-    names |= {"model": model, "tokenizer": None, "dependencies": dependencies}
-    names |= {"load_calibration": lambda tokenizer, **asked: ids}
-    names["scores"] = pl.estimate_importance(model, dependencies, ids)
+    ids = torch.randint(40, (96, 12), generator=torch.Generator().manual_seed(0))
+    found = {name: getattr(pl, name) for name in pl.__all__}
+    found |= {"model": model, "tokenizer": None, "dependencies": pl.discover(model), "text": ids}
+    return found | {"load_calibration": lambda tokenizer, **asked: ids}
+
+
+def recipe(number):
+    return TEXT.split("```python")[number].split("```")[0]
+
+
+def test_the_second_recipe_measures_no_family_that_it_does_not_plan(names):
+    dependencies = names["dependencies"]
+    names["scores"] = pl.estimate_importance(names["model"], dependencies, names["text"][:20])
     assert "hidden_channel" in {dependencies.family(name).kind for name in names["scores"]}
-    exec(code, names)
+    exec(recipe(2), names)
     measured = {dependencies.family(name).kind for name in names["nats"]}
     assert measured == set(PRESETS["best"].kinds)
     assert set(names["plan"].removal) <= set(names["nats"])
 
 
-def test_the_ten_lines_name_public_functions_only():
-    import pruner_lib
+def test_the_third_recipe_saves_a_smaller_model_with_the_plan_of_both_steps(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(recipe(3), names)
+    last = names["last"]
+    assert last.number == 2
+    assert last.total.params_after <= 0.8 * last.total.params_before < 0.9 * last.plan.params_before
+    found = pl.load_pruned(tmp_path / "pruned-model")
+    assert sum(p.numel() for p in found.parameters()) == last.total.params_after
 
-    code = TEXT.split("```python")[1].split("```")[0]
-    called = set(re.findall(r"\b([a-z_]+)\(", code)) - {"range"}
-    assert called <= set(pruner_lib.__all__)
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_recipes_name_public_functions_only(number):
+    called = set(re.findall(r"(?<!\.)\b([a-z_]+)\(", recipe(number))) - {"range", "score"}
+    assert called <= set(pl.__all__)
