@@ -71,7 +71,7 @@ class Lineage:
             for family in self.dense.families
             if family.kind in kinds and len(gone := self._gone(family))
         }
-        return PruningPlan.from_removal(self.dense, removal, dropped=self._whole())
+        return PruningPlan.from_removal(self.dense, removal, dropped=self.dropped)
 
     def families(self, now: DependencyMap) -> dict[str, GroupFamily]:
         """What is left of each family of the dense model, under its name there; one group is no family."""
@@ -102,11 +102,6 @@ class Lineage:
                 return np.zeros(0, dtype=np.int64)
             gone &= ~np.isin(piece.index, kept).reshape(dense.size, -1).any(axis=1)
         return np.flatnonzero(gone)
-
-    def _whole(self) -> list[str]:
-        """What was dropped; of a layer that went after one of its sublayers, the layer alone."""
-        layers = {layer_of_unit(unit) for unit in self.dropped if not _inside(unit)}
-        return [unit for unit in self.dropped if not (_inside(unit) and layer_of_unit(unit) in layers)]
 
     def _dense_name(self, parameter: str) -> str:
         """Name in the dense model of a parameter of the model that is left."""
