@@ -104,6 +104,7 @@ def cases() -> list[Case]:
         vary(BEST, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in (None, "ridge")
     ]
     found += [vary(BEST, calibration=text) for text in ("c4", "books", MIXED)]
+    found += [vary(BEST, calibration=MIXED, steps=2)]
     found += [
         vary(BEST, scope="local", what=what, compensation="ridge") for what in ("neurons", "heads, neurons")
     ]
@@ -246,8 +247,9 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
     for text in TESTS if case.on_all_texts else TESTS[:1]:
         words = pl.load_text(text, "test")
         for length in LENGTHS:
-            options = {"seq_len": length, "max_tokens": bench.study.test_tokens, "source": text}
-            found = pl.perplexity(tested, tokenizer, words, **options)
+            # As many tokens a pass at either length: the loss over a large vocabulary wants no more.
+            options = {"seq_len": length, "max_tokens": bench.study.test_tokens, "batch_size": 1024 // length}
+            found = pl.perplexity(tested, tokenizer, words, source=text, **options)
             record["perplexity"][f"{text}, {length}"] = round(float(found), 3)
     return record
 

@@ -13,7 +13,7 @@ from zoo import tiny
 import pruner_lib as pl
 from pruner_lib.importance.calibration import logits_of
 from pruner_lib.pruning import Compensation, PruningError, PruningPlan, compensate
-from pruner_lib.pruning.compensation.fitting import Statistics, best_fit, mean_fit, ridge_fit
+from pruner_lib.readers.fitting import Statistics, best_fit, mean_fit, ridge_fit
 
 LAYOUTS = (
     ("llama", "mlp_neuron"),

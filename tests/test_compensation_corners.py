@@ -10,10 +10,10 @@ from torch import nn
 from zoo import tiny
 
 import pruner_lib as pl
+from pruner_lib.importance.streams import Stream
 from pruner_lib.pruning import Compensation, PruningPlan, compensate
-from pruner_lib.pruning.compensation.fitting import Statistics, best_fit, ridge_fit
-from pruner_lib.pruning.compensation.readers import residual_writers
-from pruner_lib.pruning.compensation.streams import Stream
+from pruner_lib.readers.fitting import Statistics, best_fit, ridge_fit
+from pruner_lib.readers.matrices import residual_writers
 
 
 def text(rows=8, length=16, seed=0):

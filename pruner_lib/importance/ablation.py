@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,11 +23,12 @@ from pruner_lib.importance.calibration import (
     memory_advice,
     micro_batches,
     progress_bar,
-    token_losses,
     untouched,
 )
-from pruner_lib.importance.chain import NotAChain, Recording, record, starting_after
+from pruner_lib.importance.chain import Call, NotAChain, record, starting_after
 from pruner_lib.importance.estimate import check_family
+from pruner_lib.importance.measures import MEASURES, Measure
+from pruner_lib.importance.refitting import Weights, refitted
 from pruner_lib.importance.scores import ImportanceScores
 
 if TYPE_CHECKING:
@@ -122,10 +125,11 @@ def loss_changes(
         with bar:
             if layer is not None:
                 try:
-                    return ablation.from_layer(layer, pieces, bar)
+                    return ablation.from_layer(layer, pieces, bar).mean(1)
                 except NotAChain:
                     bar.reset()
-            return ablation.whole(pieces, bar)
+            mean_loss(model, pieces)  # names what is not finite before anything is zeroed
+            return ablation.whole(pieces, bar).mean(1)
 
 
 def layer_index(model: nn.Module, family: GroupFamily) -> int | None:
@@ -156,61 +160,84 @@ def tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The sets of groups to zero, each in turn, and the two ways to do it."""
+    """The sets of groups to zero, each in turn, and the two ways to do it.
+
+    Attributes:
+        model, dependencies: whole.
+        family: whose groups.
+        groups: the sets.
+        tensors: parameters that hold the family's slices.
+        measure: how the model without a set compares with the whole one.
+        refits: per set, what its readers become; none where they stay as they are.
+    """
 
     model: nn.Module
     dependencies: DependencyMap
     family: GroupFamily
     groups: Sequence[Sequence[int]]
     tensors: Mapping[str, Tensor]
+    measure: Measure = MEASURES["loss"]
+    refits: Sequence[Weights] = ()
 
     def whole(self, pieces: list[Tensor], bar: tqdm) -> Tensor:
-        """One forward pass of the whole model per set."""
-        dense = mean_loss(self.model, pieces)
-        changes = torch.zeros(len(self.groups), dtype=torch.float64)
-        for place, group in enumerate(self.groups):
-            if self.family.normed_by:  # the norm must average over what remains; the oracle's copy knows how
-                copy = self.dependencies.zero(self.model, {self.family.name: group}).eval()
-                changes[place] = mean_loss(copy, pieces) - dense
-            else:
-                with zeroed_in_place(self.tensors, [(piece, group) for piece in self.family.slices]):
-                    changes[place] = mean_loss(self.model, pieces) - dense
+        """Changes ``[sets, N]``: one forward pass of the whole model per set and piece."""
+        references = [self.measure.reference(self.model, piece) for piece in pieces]
+        rows = []
+        for place in range(len(self.groups)):
+            with self._without(place) as model:
+                found = [
+                    self.measure.change(model, piece, 1, reference)[0]
+                    for piece, reference in zip(pieces, references, strict=True)
+                ]
+            rows.append(torch.cat(found))
             bar.update(len(pieces))
-        return changes
+        return self._finite(torch.stack(rows), 0)
 
     def from_layer(self, layer: int, pieces: list[Tensor], bar: tqdm) -> Tensor:
-        """From the family's layer on, several sets at once."""
-        totals = torch.zeros(len(self.groups), dtype=torch.float64)
-        start = 0
-        for piece in pieces:
-            found = record(self.model, piece)
-            check_finite(self.model, piece, found.losses, start)
-            totals += (self.losses(found, layer, piece, bar) - found.losses).double().cpu().sum(1)
-            start += len(piece)
-        return totals / start
+        """The same from the family's layer on, several sets at once."""
+        found = []
+        for start, piece in zip(itertools.accumulate(map(len, pieces), initial=0), pieces, strict=False):
+            seen = record(self.model, piece)
+            check_finite(self.model, piece, seen.losses, start)
+            found.append(self.changes(seen.calls, layer, seen.hidden[layer], piece, seen.losses, bar))
+        return torch.cat(found, 1)
 
-    def losses(self, found: Recording, layer: int, piece: Tensor, bar: tqdm) -> Tensor:
-        """Losses ``[sets, n]`` of one micro-batch, from the family's layer on."""
+    def changes(
+        self, calls: list[Call], layer: int, hidden: Tensor, piece: Tensor, reference: Tensor, bar: tqdm
+    ) -> Tensor:
+        """Changes ``[sets, n]`` of one piece, from the state before the family's layer on."""
         stack = max(1, default_size(piece) // len(piece))
         rows = []
         for first in range(0, len(self.groups), stack):
-            rows.append(self._stacked(found, layer, piece, self.groups[first : first + stack]))
-            bar.update(len(rows[-1]))
+            places = range(first, min(first + stack, len(self.groups)))
+            outputs = []
+            for place in places:
+                with self._without(place):
+                    outputs.append(calls[layer](hidden))
+            with starting_after(calls, layer, torch.cat(outputs)):
+                found = self.measure.change(self.model, piece, len(places), reference)
+            rows.append(self._finite(found, first))
+            bar.update(len(places))
         return torch.cat(rows)
 
-    def _stacked(
-        self, found: Recording, layer: int, piece: Tensor, groups: Sequence[Sequence[int]]
-    ) -> Tensor:
-        outputs = []
-        for group in groups:
-            with zeroed_in_place(self.tensors, [(piece, group) for piece in self.family.slices]):
-                outputs.append(found.calls[layer](found.hidden[layer]))
-        with starting_after(found.calls, layer, torch.cat(outputs)):
-            losses = token_losses(self.model, piece.repeat(len(groups), 1)).view(len(groups), len(piece))
-        if not bool(torch.isfinite(losses).all()):
-            bad = list(groups[int((~torch.isfinite(losses)).any(1).nonzero()[0])])
+    @contextmanager
+    def _without(self, place: int) -> Iterator[nn.Module]:
+        """The model without one set."""
+        groups = self.groups[place]
+        if self.family.normed_by:  # the norm must average over what remains; the oracle's copy knows how
+            yield self.dependencies.zero(self.model, {self.family.name: groups}).eval()
+            return
+        slices = [(piece, groups) for piece in self.family.slices]
+        weights = self.refits[place] if self.refits else {}
+        with zeroed_in_place(self.tensors, slices), refitted(weights):
+            yield self.model
+
+    def _finite(self, changes: Tensor, first: int) -> Tensor:
+        """``[sets, n]`` as they are, the first of them being set number ``first``."""
+        if not bool(torch.isfinite(changes).all()):
+            bad = list(self.groups[first + int((~torch.isfinite(changes)).any(1).nonzero()[0])])
             named = f"group {bad[0]}" if len(bad) == 1 else f"a set of {len(bad)} groups"
             raise FloatingPointError(
                 f"the loss is not finite once {named} of {self.family.name} is zeroed; no scores made"
             )
-        return losses
+        return changes

@@ -1,9 +1,11 @@
-"""Scores of all families in one unit: the nats of loss that their removal really costs."""
+"""Scores of all families in one unit: the nats that their removal really costs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,20 +17,22 @@ from pruner_lib.discovery.units import depth_units
 from pruner_lib.importance.ablation import Ablation, layer_index, tensors_of
 from pruner_lib.importance.calibration import (
     check_batches,
-    check_finite,
     default_size,
+    mean_loss,
     memory_advice,
     micro_batches,
     progress_bar,
     untouched,
 )
-from pruner_lib.importance.chain import NotAChain, record
+from pruner_lib.importance.chain import NotAChain, record, starting_after
+from pruner_lib.importance.loss_curve import Costs, how_many_sets, scores_in_nats
+from pruner_lib.importance.measures import MEASURES, Measure
+from pruner_lib.importance.refitting import LayerReaders, Readers, Weights
 from pruner_lib.importance.scores import ImportanceScores
+from pruner_lib.importance.streams import Stream
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
-
-MEASURED_ONE_BY_ONE = 8
 
 
 def scale_to_loss(
@@ -37,18 +41,21 @@ def scale_to_loss(
     scores: ImportanceScores | Mapping[str, Tensor],
     batches: Tensor,
     *,
-    ratio: float = 1 / 3,
+    ratio: float | Sequence[float] = 1 / 3,
     growth: float = 2.0,
+    measure: str = "loss",
+    compensate: Tensor | None = None,
+    ridge: float = 0.1,
     families: str | GroupFamily | Iterable[str | GroupFamily] | None = None,
     micro_batch_size: int | None = None,
     progress: bool | None = None,
 ) -> ImportanceScores:
-    r"""Rescale each family's scores so that what they say of its lowest groups is what the loss says.
+    r"""Rescale each family's scores so that what they say of its lowest groups is what these really cost.
 
     Let S(k) be the sum of a family's k lowest scores, n groups in all, and m = ratio · n of them the part
-    whose loss change ΔL is measured, zeroed together in the otherwise whole model. The k-th lowest gets
+    whose cost ΔL is measured, zeroed together in the otherwise whole model. The k-th lowest gets
 
-        s'_k = max(ΔL, σ) · [ (S(k) / S(m))^p − (S(k−1) / S(m))^p ]     (nats of next-token cross-entropy)
+        s'_k = max(ΔL, σ) · [ (S(k) / S(m))^p − (S(k−1) / S(m))^p ]     (nats per token)
 
     so that the m lowest sum to what they cost together. p > 1 (``growth``) says that each further group costs
     more than the one before, as it does: near a minimum the loss grows with the square of what is taken away.
@@ -58,10 +65,26 @@ def scale_to_loss(
     group by group instead: s'_i = max(ΔL({i}), σ_i). The order within larger families stays; how families
     compare does not, which a criterion alone says badly: a head and a neuron, the first layer and the last.
 
+    **Several ratios** replace the power law by what is measured: s'_k = F(k) − F(k−1), F the largest convex
+    curve below the measured points, straight in S between them and ``growth`` times steeper beyond the last.
+    Families of at most 8 groups are then also measured with their 2, 3, … n − 1 lowest gone together.
+
+    **Compensation** puts right a part of what a cut breaks, and far more of one than of another: a head that
+    attends to the first token is nearly a constant. With ``compensate`` the modules that read a family
+    are fitted again on that text before its cost is measured, by ridge regression with earlier layers whole:
+
+        W'_K = W_K + W_S C_SK (C_KK + λ c I)⁻¹,   C = Σ_t h_t h_tᵀ / rms_t²,   S gone, K kept
+
+    **Divergence** is KL(p ‖ q) between the predictions of the whole model and the changed one. On the same
+    text it tells apart changes several times smaller than the loss does, for it does not depend on which
+    token came.
+
     Example:
         >>> scores = estimate_importance(model, dependencies, batches, criterion="wanda")
-        >>> nats = scale_to_loss(model, dependencies, scores, batches)
-        >>> plan_pruning(dependencies, nats, target_params=0.8, preset="best")
+        >>> nats = scale_to_loss(model, dependencies, scores, batches[:16], ratio=(1 / 3, 2 / 3),
+        ...                      measure="divergence", compensate=batches)
+        >>> plan = plan_pruning(dependencies, nats, target_params=0.8, preset="best")
+        >>> pruned = prune(model, plan, compensate=batches)
 
     Args:
         model: a causal language model; comes back as it was.
@@ -69,27 +92,37 @@ def scale_to_loss(
         scores: at least zero. Those of whole layers (``score_layers(…, measure="loss")`` gives nats) may be
             among them and come back as they are.
         batches: token ids ``[N, L]``, N ≥ 2; a few thousand tokens are enough.
-        ratio: share of a family that is zeroed, in (0, 1]; best near the share that will be pruned.
+        ratio: share of a family that is zeroed, in (0, 1], best near what will be pruned; or several.
         growth: p, at least 1; 1 keeps the scores' own proportions.
+        measure: ``"loss"``, the change of next-token cross-entropy, or ``"divergence"``.
+        compensate: token ids ``[N, L]`` that the fits see, some ten thousand; None measures the cut alone.
+            Readers outside the layers, shared ones, and experts that a router picks stay as cut.
+        ridge: λ of these fits, above 0.
         families: which to scale; all that have scores if None.
         micro_batch_size: sequences run at once; None for about 2048 tokens.
         progress: whether a bar is shown; None shows it in a terminal.
 
     Returns:
-        Scores of these families in nats; their criterion is noted as ``"<criterion>, scaled to the loss"``.
+        Scores of these families in nats; their criterion is noted as ``"<criterion>, scaled to the loss"``
+        (or divergence).
 
     Raises:
-        ValueError: a ratio outside (0, 1], a growth below 1, unusable batches, negative scores, no family.
+        ValueError: a ratio outside (0, 1], a growth below 1, a ridge of 0, an unknown measure, unusable
+            batches, negative scores, no family.
         FloatingPointError: a loss that is NaN or infinite.
 
     Source: the idea of measuring layers instead of guessing is Li et al. (arXiv 1608.08710); the scaling is
     this project's own.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio {ratio} is outside (0, 1]: it is the share of each family that is zeroed")
+    ratios = _ratios(ratio)
     if growth < 1:
         raise ValueError(f"growth must be at least 1, not {growth}: no group costs less than the one before")
+    if measure not in MEASURES:
+        raise ValueError(f"unknown measure {measure!r}; valid are {', '.join(MEASURES)}")
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, not {ridge}: without it a fit may have no solution")
     batches = check_batches(model, batches)
+    text = None if compensate is None else check_batches(model, compensate)
     if len(batches) < 2:
         raise ValueError("scale_to_loss needs at least 2 sequences, to tell a loss change from noise")
     if not isinstance(scores, ImportanceScores):
@@ -99,18 +132,33 @@ def scale_to_loss(
     for family in chosen:
         if float(scores[family.name].min()) < 0:
             raise ValueError(f"scores of {family.name} are negative; loss changes are scaled from sizes")
-    sets = {family.name: _sets(family, scores[family.name], ratio) for family in chosen}
-    size = default_size(batches) if micro_batch_size is None else micro_batch_size
-    pieces = micro_batches(batches, size)
-    with untouched(model), memory_advice(batches), torch.no_grad():
-        changes = _changes(model, dependencies, chosen, sets, pieces, progress)
-    scaled = {
-        name: _scaled(scores[name], sets[name], changes[name], growth)
-        for name in (family.name for family in chosen)
-    }
+    pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
+    total = len(pieces) * sum(how_many_sets(family.size, ratios) for family in chosen)
+    scaled: dict[str, Tensor] = {}
+    with (
+        untouched(model),
+        memory_advice(batches),
+        torch.no_grad(),
+        progress_bar(total, "scaling to the loss", progress) as bar,
+    ):
+        mean_loss(model, pieces)  # names what is not finite before anything is zeroed
+        meter = _Meter(model, dependencies, pieces, MEASURES[measure], bar)
+        for family, costs in meter.families(chosen, text, ridge):
+            scaled[family.name] = scores_in_nats(scores[family.name], ratios, growth, costs)
+    scaled = {family.name: scaled[family.name] for family in chosen}
     scaled |= {name: scores[name] for name in scores if families is None and name in units}
-    criterion = f"{scores.criterion or 'scores'}, scaled to the loss"
+    criterion = f"{scores.criterion or 'scores'}, scaled to the {measure}"
     return dataclasses.replace(scores, scores=scaled, criterion=criterion)
+
+
+def _ratios(given: float | Sequence[float]) -> list[float]:
+    """The shares to measure."""
+    found = list(given) if isinstance(given, Sequence) else [given]
+    if not found or not all(0 < ratio <= 1 for ratio in found):
+        raise ValueError(
+            f"ratio {given} is outside (0, 1]: it is the share of each family that is zeroed, or several"
+        )
+    return found
 
 
 def _chosen(
@@ -127,61 +175,79 @@ def _chosen(
     return [dependencies.family(name) for name in names]
 
 
-def _sets(family: GroupFamily, values: Tensor, ratio: float) -> list[list[int]]:
-    """What is zeroed together: each group of a small family, the lowest part of a large one."""
-    if family.size <= MEASURED_ONE_BY_ONE:
-        return [[group] for group in range(family.size)]
-    order, count = values.argsort(stable=True), max(1, round(ratio * family.size))
-    zeros = int((values == 0).sum())
-    if count <= zeros < family.size:  # their sum is no measure; go on to groups that say something
-        count = zeros + max(1, round(ratio * (family.size - zeros)))
-    return [order[:count].tolist()]
+class _Meter:
+    """Measures sets of groups, layer by layer: one hidden state per token is held, whatever the depth.
 
+    Args:
+        model, dependencies: whole.
+        pieces: token ids ``[n, L]`` each.
+        measure: how the model without a set compares with the whole one.
+        bar: counts sets and pieces.
+    """
 
-def _changes(
-    model: nn.Module,
-    dependencies: DependencyMap,
-    families: Sequence[GroupFamily],
-    sets: dict[str, list[list[int]]],
-    pieces: list[Tensor],
-    progress: bool | None,
-) -> dict[str, Tensor]:
-    """Loss changes ``[sets, N]`` of every family, per sequence; each piece's layers are recorded once."""
-    rows: dict[str, list[Tensor]] = {family.name: [] for family in families}
-    total = len(pieces) * sum(len(sets[family.name]) for family in families)
-    start = 0
-    with progress_bar(total, "scaling to the loss", progress) as bar:
-        for piece in pieces:
-            try:
-                found = record(model, piece)
-            except NotAChain:
-                found = None
-            if found is not None:
-                check_finite(model, piece, found.losses, start)
-            for family in families:
-                ablation = Ablation(model, dependencies, family, sets[family.name], tensors_of(model, family))
-                layer = layer_index(model, family)
-                if found is None or layer is None:
-                    each = [ablation.whole([row[None]], tqdm(disable=True)) for row in piece]
-                    rows[family.name].append(torch.stack(each, 1))
-                    bar.update(len(sets[family.name]))
-                else:
-                    losses = ablation.losses(found, layer, piece, bar)
-                    rows[family.name].append((losses - found.losses).double().cpu())
-            start += len(piece)
-    return {name: torch.cat(parts, 1) for name, parts in rows.items()}
+    def __init__(
+        self,
+        model: nn.Module,
+        dependencies: DependencyMap,
+        pieces: list[Tensor],
+        measure: Measure,
+        bar: tqdm,
+    ) -> None:
+        self.model, self.dependencies, self.pieces = model, dependencies, pieces
+        self.measure, self.bar = measure, bar
+        # A number per sequence is kept of all pieces; what is as large as the logits of the last one alone.
+        self._reference = lru_cache(len(pieces) if measure.light else 1)(self._compared_with)
 
+    def families(
+        self, chosen: Sequence[GroupFamily], text: Tensor | None, ridge: float
+    ) -> Iterator[tuple[GroupFamily, Costs]]:
+        """Each family, the first layer's first, with what measures its sets while it is the current one."""
+        inside: dict[int, list[GroupFamily]] = {}
+        whole: list[GroupFamily] = []
+        for family in chosen:
+            layer = layer_index(self.model, family)
+            (whole if layer is None else inside.setdefault(layer, [])).append(family)
+        try:
+            if inside:
+                yield from self._by_layer(inside, text, ridge)
+        except NotAChain:
+            whole = list(chosen)
+        for family in whole:
+            yield family, partial(self._whole, family)
 
-def _scaled(values: Tensor, sets: list[list[int]], changes: Tensor, growth: float) -> Tensor:
-    """Scores in nats from loss changes ``[sets, N]``."""
-    error = changes.std(1) / changes.shape[1] ** 0.5
-    measured = changes.mean(1).maximum(error).clamp(min=torch.finfo(torch.float64).tiny)
-    if len(sets) == len(values):
-        return measured
-    ordered, order = values.double().sort(stable=True)
-    total = ordered.cumsum(0)
-    lowest = float(total[len(sets[0]) - 1])
-    if lowest == 0:  # every score is zero, which is zero in any unit
-        return values.double()
-    curve = float(measured[0]) * (total / lowest) ** growth
-    return torch.empty_like(curve).scatter_(0, order, curve.diff(prepend=curve.new_zeros(1)))
+    def _by_layer(
+        self, inside: Mapping[int, list[GroupFamily]], text: Tensor | None, ridge: float
+    ) -> Iterator[tuple[GroupFamily, Costs]]:
+        self._last = [record(self.model, piece).hidden[-1] for piece in self.pieces]
+        self._stream = Stream(self.model, self.pieces)
+        readers = None
+        if text is not None:
+            local = itertools.chain.from_iterable(inside.values())
+            readers = Readers(self.model, self.dependencies, local, text, ridge)
+        for layer in range(1 + max(inside)):
+            found = readers.next_layer() if readers else None
+            for family in inside.get(layer, []):
+                yield family, partial(self._from_layer, family, found)
+            self._stream.advance([self._stream.run(piece, ())[0] for piece in range(len(self.pieces))])
+
+    def _from_layer(self, family: GroupFamily, readers: LayerReaders | None, sets: list[list[int]]) -> Tensor:
+        refits = [readers.without(family, groups) for groups in sets] if readers else []
+        ablation, stream = self._ablation(family, sets, refits), self._stream
+        rows = []
+        for number, piece in enumerate(self.pieces):
+            calls, hidden = stream.calls(number), stream.hidden[number]
+            rows.append(ablation.changes(calls, stream.at, hidden, piece, self._reference(number), self.bar))
+        return torch.cat(rows, 1)
+
+    def _compared_with(self, number: int) -> Tensor:
+        calls = self._stream.calls(number)
+        with starting_after(calls, len(calls) - 1, self._last[number]):
+            return self.measure.reference(self.model, self.pieces[number])
+
+    def _whole(self, family: GroupFamily, sets: list[list[int]]) -> Tensor:
+        ablation = self._ablation(family, sets, [])
+        return torch.cat([ablation.whole([piece], self.bar) for piece in self.pieces], 1)
+
+    def _ablation(self, family: GroupFamily, sets: list[list[int]], refits: list[Weights]) -> Ablation:
+        tensors = tensors_of(self.model, family)
+        return Ablation(self.model, self.dependencies, family, sets, tensors, self.measure, refits)

@@ -22,17 +22,12 @@ from pruner_lib.importance.calibration import (
     untouched,
 )
 from pruner_lib.importance.chain import NotAChain
-from pruner_lib.pruning.compensation.fitting import Fit, Statistics, best_fit, mean_fit
-from pruner_lib.pruning.compensation.readers import (
-    Reader,
-    left_as_cut,
-    readers_of,
-    residual_writers,
-    set_matrix,
-)
-from pruner_lib.pruning.compensation.streams import Stream
+from pruner_lib.importance.streams import Stream, token_weights
+from pruner_lib.pruning.compensation.readers import Reader, left_as_cut, readers_of
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.plan import PruningPlan
+from pruner_lib.readers.fitting import Fit, Statistics, best_fit, mean_fit
+from pruner_lib.readers.matrices import residual_writers, set_matrix
 
 METHODS = ("ridge", "bias")
 WEIGHTING = ("rms", "none")
@@ -355,7 +350,7 @@ class _Layer:
             target = target + (_kept(state, reader) - here) / self.factor
         if run.settings.weighting == "none" or len(state) != len(inputs):
             return inputs, target, torch.ones(len(inputs), device=inputs.device)
-        return inputs, target, 1 / state.float().square().mean(-1).clamp(min=1e-12)
+        return inputs, target, token_weights(state)
 
     def _present(self, paths: list[str]) -> list[str]:
         """Those that the pruned model still has."""

@@ -50,6 +50,25 @@ class Stream:
         """
         return _run(self._call(piece), self.hidden[piece], watched, stop)
 
+    def read(
+        self, piece: int, writers: Iterable[str], readers: Iterable[str]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Run the current layer on one piece: its output, what some modules returned, and what some read."""
+        inputs: dict[str, Tensor] = {}
+
+        def keep(path: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                inputs[path] = args[0]
+
+            return hook
+
+        with ExitStack() as stack:
+            for path in readers:
+                module = self.layers[self.at].get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(keep(path)).remove)
+            after, written = self.run(piece, writers)
+        return after, written, inputs
+
     def factor(self, writers: Iterable[str], written: Mapping[str, Tensor], after: Tensor) -> float | None:
         """c where the current layer is ``after = before + c · Σ written``, or None where it is not.
 
@@ -71,8 +90,33 @@ class Stream:
         """Go on to the next layer, whose inputs these are."""
         self.hidden, self.at = hidden, self.at + 1
 
+    def calls(self, piece: int) -> list[Call]:
+        """How the model calls its layers on a piece."""
+        return self._calls[piece]
+
     def _call(self, piece: int) -> Call:
         return self._calls[piece][self.at]
+
+
+def state_before(hidden: Tensor, written: Mapping[str, Tensor], path: str, factor: float | None) -> Tensor:
+    """The residual state ``[tokens, width]`` that a module's sublayer reads.
+
+    Args:
+        hidden: the state before the layer.
+        written: what the layer's writers returned, in the order of execution.
+        path: the module; one that is no writer is taken to stand before all of them.
+        factor: c of ``after = before + c · Σ written``; None where the layer is not of that form.
+    """
+    state = hidden.flatten(0, -2)
+    if factor is None or path not in written:
+        return state
+    earlier = list(written)[: list(written).index(path)]
+    return state + factor * sum(written[each].flatten(0, -2) for each in earlier)
+
+
+def token_weights(state: Tensor) -> Tensor:
+    """1 / mean square of each token's residual state ``[tokens, width]``: as the norms that read it do."""
+    return 1 / state.float().square().mean(-1).clamp(min=1e-12)
 
 
 def _run(

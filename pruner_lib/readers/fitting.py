@@ -66,6 +66,23 @@ class Statistics:
         self.weight += float(weights.double().sum())
         self.tokens += len(inputs)
 
+    def of_reader(self, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Statistics:
+        """For predicting what a reader returns, W h + b, from the inputs ``kept`` alone; sums of h do."""
+        origin = None
+        if self.origin is not None:
+            wide = weight.to(self.origin[0])
+            origin = (self.origin[0][kept], wide @ self.origin[0] + (0 if bias is None else bias.to(wide)))
+        return Statistics(
+            self.second[kept][:, kept],
+            weight @ self.second[:, kept],
+            self.inputs[kept],
+            weight @ self.inputs,
+            self.centred,
+            origin,
+            weight=self.weight,
+            tokens=self.tokens,
+        )
+
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """Of h ``[in]`` and T ``[out]``, weighted."""
