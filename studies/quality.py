@@ -43,7 +43,8 @@ class Case:
     Attributes:
         cut: share of the parameters removed, ``LATE``, or ``"dense"``.
         criterion: how groups are scored; layers are scored by the loss without them.
-        scope: ``"local"``, ``"global"`` (standardised), ``"nats"`` (scaled to the loss).
+        scope: ``"local"``, ``"global"`` (standardised), ``"nats"`` (scaled to the loss), ``"fitted nats"``
+            (scaled to the divergence that compensation leaves, at several shares).
         what: ``"neurons"``, ``"heads, neurons"``, ``"blocks"`` or ``"blocks, neurons"``.
         compensation: None, ``"bias"`` or ``"ridge"``.
         calibration: kind of text for scores and compensation, or ``MIXED``.
@@ -54,7 +55,7 @@ class Case:
 
     cut: str
     criterion: str = "wanda"
-    scope: str = "nats"
+    scope: str = "fitted nats"
     what: str = "heads, neurons"
     compensation: str | None = None
     calibration: str = "wikitext2"
@@ -81,46 +82,53 @@ class Case:
     @property
     def on_all_texts(self) -> bool:
         """Whether it is tested on more than one kind of text: the recipe at 20 %, and what it begins from."""
-        free = ("calibration", "compensation", "seed", "steps", "windows")
+        free = ("calibration", "compensation", "scope", "steps", "windows")
         ours = dataclasses.replace(BEST, **{name: getattr(self, name) for name in free})
-        return self.cut == "dense" or self == ours
+        return self.cut == "dense" or (self == ours and "nats" in self.scope)
 
 
 BEST = Case("20 %", compensation="ridge")
+AFTER_A_FIT: dict[str, Any] = {"ratio": (1 / 6, 1 / 3, 1 / 2, 2 / 3), "measure": "divergence"}
 
 
 def cases() -> list[Case]:
     """In the order in which they tell most."""
     vary = dataclasses.replace
-    found = [Case("dense"), BEST, vary(BEST, compensation=None)]
+    nats = vary(BEST, scope="nats")
+    found = [Case("dense", scope="nats"), BEST, vary(BEST, steps=2), vary(BEST, steps=2, windows=1024)]
+    found += [vary(BEST, calibration=MIXED, steps=2, windows=1024)]
+    found += [vary(BEST, compensation=None), nats, vary(nats, compensation=None)]
     found += [vary(BEST, criterion="taylor_first", scope="local", compensation=c) for c in (None, "ridge")]
     found += [
         Case(LATE, "taylor_first", "local"),
         Case(LATE, "taylor_first", "local", compensation="ridge"),
         Case(LATE, "wanda", "local", compensation="ridge"),
     ]
-    found += [vary(BEST, steps=2)]
-    found += [
-        vary(BEST, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in (None, "ridge")
-    ]
+    found += [vary(BEST, cut=cut) for cut in ("10 %", "30 %", "50 %")]
+    found += [vary(BEST, seed=seed) for seed in (1, 2)]
     found += [vary(BEST, calibration=text) for text in ("c4", "books", MIXED)]
-    found += [vary(BEST, calibration=MIXED, steps=2)]
+    found += [vary(nats, steps=2)]
+    found += [
+        vary(nats, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in (None, "ridge")
+    ]
+    found += [vary(nats, calibration=text) for text in ("c4", "books", MIXED)]
     found += [
         vary(BEST, scope="local", what=what, compensation="ridge") for what in ("neurons", "heads, neurons")
     ]
     found += [
-        vary(BEST, what=what, compensation=c)
+        vary(nats, what=what, compensation=c)
         for what in ("blocks", "blocks, neurons")
         for c in (None, "ridge")
     ]
     found += [vary(BEST, compensation="bias")]
-    found += [vary(BEST, steps=2, windows=1024)]
-    found += [vary(BEST, seed=seed, steps=steps) for steps in (1, 2) for seed in (1, 2)]
-    for compensations in ((None, "ridge"), ("bias",)):
-        for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
-            for scope in ("local", "global", "nats"):
-                found += [vary(BEST, criterion=criterion, scope=scope, compensation=c) for c in compensations]
-    found += [vary(BEST, steps=4)]
+    found += [vary(nats, seed=seed) for seed in (1, 2)]
+    for criterion in ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random"):
+        for scope in ("local", "global", "nats", "fitted nats"):
+            found += [vary(BEST, criterion=criterion, scope=scope)]
+            if scope != "fitted nats":  # made for what is fitted
+                found += [vary(BEST, criterion=criterion, scope=scope, compensation=None)]
+        found += [vary(BEST, criterion=criterion, scope="local", compensation="bias")]
+    found += [vary(nats, steps=4)]
     return list(dict.fromkeys(found))
 
 
@@ -167,7 +175,8 @@ class Bench:
 
     def scores(self, case: Case) -> dict[str, torch.Tensor]:
         """Of the dense model; made once for all cases that differ in what is done with them."""
-        key = (case.criterion, case.scope == "nats", case.calibration, case.seed)
+        scope = case.scope if "nats" in case.scope else ""
+        key = (case.criterion, scope, case.calibration, case.seed)
         if key not in self._scores:
             self._scores[key] = self.score(*self._dense_and_map, case)
         scores = dict(self._scores[key].scores)
@@ -185,6 +194,9 @@ class Bench:
         )  # fmt: skip
         if case.scope == "nats":
             found = pl.scale_to_loss(model, dependencies, found, self.batches(case, 16, shift=1))
+        elif case.scope == "fitted nats":
+            measured, fitted = self.batches(case, 8, shift=1), self.batches(case, 128, shift=2)
+            found = pl.scale_to_loss(model, dependencies, found, measured, compensate=fitted, **AFTER_A_FIT)
         return found
 
     @property
@@ -201,7 +213,7 @@ class Bench:
         }[case.what]
         if case.cut == LATE:
             return {"ratio": 0.5, "layers": range(4, self.dependencies.num_layers - 3), "kinds": kinds}
-        how = {"preset": "best"} if case.scope == "nats" else {"scope": case.scope}
+        how = {"preset": "best"} if "nats" in case.scope else {"scope": case.scope}
         return {"target_params": SHARES[case.cut], "kinds": kinds, **how}
 
     def pruned(self, case: Case, record: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from recovery_models import tiny_llama
 from test_recovery_sources import wide_tokenizer
 from torch.distributed import HashStore
 
-from pruner_lib import ImportanceScores, load_pruned, prune
+from pruner_lib import ImportanceScores, load_pruned, prune, scale_to_loss
 from pruner_lib.__main__ import main
 from pruner_lib.pipeline import EXAMPLE, PipelineError, read_config, run_pipeline, running
 from pruner_lib.pipeline.processes import call
@@ -162,6 +162,8 @@ def test_tables_that_need_another_are_refused(place):
         ("[prune.compensate]\nnum_samples = 8", r"\[prune\] needs a \[plan\]"),
         ("[plan]\nratio = 0.5\n[prune]\ncompensate = true", r"must be a table, \[prune\.compensate\]"),
         ("[plan]\nratio = 0.5\n[prune.compensate]\nridge = 1", "unknown key 'ridge'.*ridges"),
+        ("[plan]\nratio = 0.5\n[importance]\nscale_to_loss = 3", "must be true, false or a table.*ridge"),
+        ("[plan]\nratio = 0.5\n[importance.scale_to_loss]\nwindows = 8", "unknown key 'windows'.*measure"),
         ('[importance]\ncriterion = "l2"', r"\[importance\] needs a \[plan\]"),
         ("[recover]\n", r"\[recover\] needs data"),
         ("plan = 3", "plan must be a table"),
@@ -244,13 +246,17 @@ def test_the_best_recipe_by_one_file(place):
     text = CONFIG.format(model=place / "model", text=place / "words.txt")
     text = text[: text.index("[recover]")].replace('ratio = 0.25\nkinds = ["mlp_neuron"]\nlayers = "0-1"', "")
     text = text.replace("[plan]", '[plan]\ntarget_params = 0.9\npreset = "best"')
-    text = text.replace('criterion = "taylor_first"', 'criterion = "wanda"\nscale_to_loss = true')
+    measured = 'scale_to_loss = {measure = "divergence", ratio = [0.3, 0.6], compensate = 10}'
+    text = text.replace('criterion = "taylor_first"', f'criterion = "wanda"\n{measured}')
     config = place / "best.toml"
     config.write_text(text + "[prune.compensate]\nnum_samples = 12\nridges = [0.1, 1.0]\n")
-    with patch.object(running, "prune", wraps=prune) as cut:
+    scaled = patch.object(running, "scale_to_loss", wraps=scale_to_loss)
+    with patch.object(running, "prune", wraps=prune) as cut, scaled as scale:
         run_pipeline(read_config(config, output=place / "best"))
+    (call,) = scale.call_args_list
+    assert call.kwargs["ratio"] == (0.3, 0.6) and call.kwargs["compensate"].shape == (10, 8)
     scores = ImportanceScores.load(place / "best" / "scores.json")
-    assert "scaled to the loss" in scores.criterion
+    assert "scaled to the divergence" in scores.criterion
     plan = json.loads((place / "best" / "plan.json").read_text())
     dense, pruned = tiny_llama(), load_pruned(place / "best" / "pruned")
     assert plan["removal"] and sum(p.numel() for p in pruned.parameters()) <= 0.9 * sum(

@@ -15,7 +15,7 @@ from torch import Tensor
 from pruner_lib.assets import DEFAULT_MODEL, load_calibration, load_model
 from pruner_lib.assets.errors import suggestion
 from pruner_lib.evaluation import evaluate
-from pruner_lib.importance import estimate_importance
+from pruner_lib.importance import estimate_importance, scale_to_loss
 from pruner_lib.pruning import Compensation, plan_pruning
 from pruner_lib.recovery import Distillation, RecoverySettings
 from pruner_lib.recovery.self_generated import SelfGeneration
@@ -38,7 +38,11 @@ seq_len = 128
 [importance]                            # what estimate_importance takes
 criterion = "taylor_second"
 micro_batch_size = 8
-scale_to_loss = true                    # measure what families cost, in nats; needed by preset = "best"
+
+[importance.scale_to_loss]              # measure what families cost, in nats; preset = "best" needs it
+measure = "divergence"
+ratio = [0.33, 0.67]
+compensate = 128                        # after their readers are fitted again on so many windows
 
 [plan]                                  # what plan_pruning takes; layers = "4-26" counts from 0
 target_params = 0.8
@@ -126,6 +130,16 @@ class PipelineConfig:
             return None
         count = given.pop("num_samples", self.table("calibration").get("num_samples", 64))
         return Compensation(load(count), **{key: _tuple(value) for key, value in given.items()})
+
+    def scaling(self, load: Callable[[int], Tensor]) -> dict[str, Any] | None:
+        """``[importance] scale_to_loss``: true, or a table of what ``scale_to_loss`` takes; None without."""
+        given = self.table("importance").get("scale_to_loss", False)
+        if not isinstance(given, dict):
+            return {} if given else None
+        found = {key: _tuple(value) for key, value in given.items()}
+        if "compensate" in found:
+            found["compensate"] = load(found["compensate"])
+        return found
 
     def plan_arguments(self) -> dict[str, Any]:
         """``[plan]`` with ``layers = "4-26"`` as a range."""
@@ -229,6 +243,15 @@ def _check_values(config: PipelineConfig) -> None:
             f"num_samples, {', '.join(sorted(fields_of))}"
         )
     _known(compensate, {"num_samples", *fields_of}, "[prune.compensate]", "key")
+    scaling = config.table("importance").get("scale_to_loss", False)
+    valid = set(inspect.signature(scale_to_loss).parameters)
+    valid -= {"model", "dependencies", "scores", "batches", "families", "progress"}
+    if not isinstance(scaling, bool | dict):
+        raise PipelineError(
+            f"[importance] scale_to_loss must be true, false or a table, [importance.scale_to_loss], not "
+            f"{scaling!r}; its keys: {', '.join(sorted(valid))}"
+        )
+    _known(scaling if isinstance(scaling, dict) else (), valid, "[importance.scale_to_loss]", "key")
     recover = config.table("recover")
     for name, kind in (
         ("settings", RecoverySettings), ("distillation", Distillation), ("self_generated", SelfGeneration),

@@ -164,12 +164,14 @@ class _Run:
 
     def score(self) -> str:
         given = self._config.table("importance")
-        scaled = given.pop("scale_to_loss", False)
+        given.pop("scale_to_loss", None)
+        scaling = self._config.scaling(self._more_batches)
         source = str(self._config.table("calibration").get("source", "wikitext2"))
         scores = estimate_importance(self._dense, self._map, self._batches, source=source, **given)
-        if scaled:
+        if scaling is not None:
+            families = self._planned(scores)
             scores = scale_to_loss(
-                self._dense, self._map, scores, self._batches[:16], families=self._planned(scores)
+                self._dense, self._map, scores, self._batches[:16], families=families, **scaling
             )
         scores.save(self._folder / "scores.json")
         return f"{scores.criterion} over {scores.num_samples} × {scores.seq_len} tokens"
