@@ -5,9 +5,9 @@
 
 First the fit alone, with a quarter of the neurons and KV heads of each layer gone; then all that leads from a
 dense model to a compensated one of 80 % of its parameters: discovery, scores from a quarter of the text,
-scores scaled to the loss on a sixteenth of it, plan, cut, fit on all of it. Every case runs in a process of
-its own. Memory is what that process needed at most (resident set) beyond what it held before: the dense
-model, and for the fit alone the pruned one.
+costs measured on a thirty-second of it after a fit on half of it, plan, cut, fit on all of it. Every
+case runs in a process of its own. Memory is what that process needed at most (resident set) beyond what
+it held before: the dense model, and for the fit alone the pruned one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ GROWING = [
 DEFAULT = [Case(0, 30, windows) for windows in (32, 64)]
 WHOLE_DEFAULT = [Case(0, 30, windows) for windows in (64, 256)]
 KINDS = ("attention_head", "mlp_neuron")
-STAGES = ("discovery", "scores", "scaled", "plan and cut", "fit")
+STAGES = ("discovery", "scores", "costs", "plan and cut", "fit")
 
 
 def model_and_text(case: Case) -> tuple[nn.Module, torch.Tensor]:
@@ -111,7 +111,9 @@ def the_recipe(case: Case) -> dict[str, float]:
     part = text[: len(text) // 4]
     scores = estimate_importance(model, dependencies, part, criterion="wanda", families=families)
     done()
-    nats = scale_to_loss(model, dependencies, scores, text[: max(2, len(text) // 16)])
+    few, half = text[: max(2, len(text) // 32)], text[len(text) // 2 :]
+    shares = {"ratio": (1 / 3, 2 / 3), "measure": "divergence", "compensate": half}
+    nats = scale_to_loss(model, dependencies, scores, few, **shares)
     done()
     plan = plan_pruning(dependencies, nats, target_params=0.8, preset="best")
     pruned = prune(model, plan)
