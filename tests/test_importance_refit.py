@@ -10,7 +10,7 @@ from zoo import tiny
 
 import pruner_lib as pl
 from pruner_lib.importance import scale_to_loss
-from pruner_lib.importance.calibration import untouched
+from pruner_lib.importance.calibration import token_losses, untouched
 from pruner_lib.importance.loss_curve import scores_in_nats
 from pruner_lib.importance.refitting import Readers
 from pruner_lib.readers.matrices import as_matrix, set_matrix
@@ -209,6 +209,42 @@ def test_few_groups_are_measured_together_too():
 
     found = scores_in_nats(torch.zeros(3), (0.3, 0.6), 2.0, measured)
     assert found.tolist() == pytest.approx([0.4, 0.1, 0.4])  # the two lowest cost 0.5 together
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gpt_neox", "falcon_new", "deepseek_v3", "bitnet", "nn.TransformerEncoderLayer", "invented (braid)"],
+)  # fmt: skip
+def test_any_layout_is_measured_and_left_as_it_was(name):
+    """Norms behind sublayers, parallel blocks, fused matrices, experts, quantised readers, code never seen."""
+    model, dependencies, scores, batches, text = setting(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    several = {"ratio": (0.3, 0.6), "measure": "divergence"}
+    plain = scale_to_loss(model, dependencies, scores, batches, **several)
+    fitted = scale_to_loss(model, dependencies, scores, batches, compensate=text, **several)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    total, mended = (sum(float(found[key].sum()) for key in found) for found in (plain, fitted))
+    assert mended < total if name != "bitnet" else mended == pytest.approx(total)  # no linear module to fit
+
+
+def test_as_many_experts_stay_as_the_router_chooses():
+    model, dependencies, _, batches, _ = setting("mixtral")
+    family = dependencies.select(kind="expert")[0]
+    assert family.at_least == 2 and family.size == 4
+    scores = {family.name: torch.ones(family.size)}
+    found = scale_to_loss(model, dependencies, scores, batches, ratio=(0.5, 0.9))[family.name]
+    order = found.argsort(stable=True)
+    together = loss_change(model, dependencies.zero(model, {family.name: order[:2].tolist()}), batches)
+    assert float(found[order[:2]].sum()) == pytest.approx(max(together.mean(), together.std() / 6**0.5))
+    many = torch.arange(1.0, 13.0)
+    cut = scores_in_nats(many, (0.5, 1.0), 2.0, lambda sets: torch.ones(len(sets), 4) * len(sets[-1]), 8)
+    assert len(cut) == 12 and float(cut[:8].sum()) == pytest.approx(8)
+
+
+def loss_change(model, changed, batches):
+    """The loss change of every sequence."""
+    with torch.no_grad():
+        return token_losses(changed, batches) - token_losses(model, batches)
 
 
 def test_bad_input(case):

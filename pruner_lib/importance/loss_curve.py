@@ -14,12 +14,15 @@ Costs = Callable[[list[list[int]]], Tensor]
 """Sets of groups to what each costs on each sequence, ``[sets, N]`` in nats."""
 
 
-def scores_in_nats(values: Tensor, ratios: Sequence[float], growth: float, costs: Costs) -> Tensor:
-    """A family's scores ``[n]`` in nats; see ``scale_to_loss``."""
+def scores_in_nats(
+    values: Tensor, ratios: Sequence[float], growth: float, costs: Costs, most: int | None = None
+) -> Tensor:
+    """A family's scores ``[n]`` in nats; see ``scale_to_loss``. ``most`` groups may go together."""
+    most = len(values) if most is None else most
     if len(values) <= MEASURED_ONE_BY_ONE:
-        return _few(len(values), len(ratios) > 1, costs)
+        return _few(len(values), min(most, len(values) - 1) if len(ratios) > 1 else 1, costs)
     ordered, order = values.double().sort(stable=True)
-    sizes = sorted({_size(values, ratio) for ratio in ratios})
+    sizes = sorted({min(_size(values, ratio), most) for ratio in ratios})
     total = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
     if float(total[sizes[-1]]) == 0:  # every score is zero, which is zero in any unit
         return values.double()
@@ -38,18 +41,17 @@ def how_many_sets(size: int, ratios: Sequence[float]) -> int:
     return size + (max(0, size - 2) if len(ratios) > 1 else 0)
 
 
-def _few(size: int, together: bool, costs: Costs) -> Tensor:
-    """Each group measured by itself and, where asked, the lowest ones together, two and more."""
+def _few(size: int, together: int, costs: Costs) -> Tensor:
+    """Each group measured by itself, and the lowest two and more ``together``."""
     alone = _level(costs([[group] for group in range(size)]))
-    if not together or size < 3:
+    if together < 2:
         return alone
     ordered, order = alone.sort(stable=True)
-    several = _level(costs([order[:count].tolist() for count in range(2, size)]))
-    places = torch.arange(size, dtype=torch.float64)
-    curve = _hull(places, torch.cat([alone.new_zeros(1), ordered[:1], several]))
-    steps = curve.diff()
-    last = torch.maximum(ordered[-1:], steps[-1:])  # all of them together are never measured
-    return torch.empty_like(alone).scatter_(0, order, torch.cat([steps, last]))
+    several = _level(costs([order[:count].tolist() for count in range(2, together + 1)]))
+    places = torch.arange(together + 1, dtype=torch.float64)
+    steps = _hull(places, torch.cat([alone.new_zeros(1), ordered[:1], several])).diff()
+    rest = torch.maximum(ordered[together:], steps[-1])
+    return torch.empty_like(alone).scatter_(0, order, torch.cat([steps, rest]))
 
 
 def _size(values: Tensor, ratio: float) -> int:

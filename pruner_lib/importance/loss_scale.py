@@ -144,7 +144,9 @@ def scale_to_loss(
         mean_loss(model, pieces)  # names what is not finite before anything is zeroed
         meter = _Meter(model, dependencies, pieces, MEASURES[measure], bar)
         for family, costs in meter.families(chosen, text, ridge):
-            scaled[family.name] = scores_in_nats(scores[family.name], ratios, growth, costs)
+            # A router needs as many experts as it chooses for a token.
+            most = family.size if family.at_least == 1 else family.size - family.at_least
+            scaled[family.name] = scores_in_nats(scores[family.name], ratios, growth, costs, most)
     scaled = {family.name: scaled[family.name] for family in chosen}
     scaled |= {name: scores[name] for name in scores if families is None and name in units}
     criterion = f"{scores.criterion or 'scores'}, scaled to the {measure}"
