@@ -211,12 +211,12 @@ def test_few_groups_are_measured_together_too():
     assert found.tolist() == pytest.approx([0.4, 0.1, 0.4])  # the two lowest cost 0.5 together
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gemma2", "gpt_neox", "falcon_new", "deepseek_v3", "bitnet", "nn.TransformerEncoderLayer", "invented (braid)"],
-)  # fmt: skip
+OTHERS = ("gemma2", "gpt_neox", "falcon_new", "deepseek_v3", "bitnet", "nn.TransformerEncoderLayer")
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "invented (braid)"])
 def test_any_layout_is_measured_and_left_as_it_was(name):
-    """Norms behind sublayers, parallel blocks, fused matrices, experts, quantised readers, code never seen."""
+    """Norms behind sublayers, parallel blocks, fused matrices, experts, readers of another class, new code."""
     model, dependencies, scores, batches, text = setting(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     several = {"ratio": (0.3, 0.6), "measure": "divergence"}
