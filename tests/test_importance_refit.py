@@ -216,7 +216,7 @@ OTHERS = ("gemma2", "gpt_neox", "falcon_new", "deepseek_v3", "bitnet", "nn.Trans
 
 @pytest.mark.parametrize("name", [*OTHERS, "invented (braid)"])
 def test_any_layout_is_measured_and_left_as_it_was(name):
-    """Norms behind sublayers, parallel blocks, fused matrices, experts, readers of another class, new code."""
+    """Norms behind sublayers, parallel blocks, fused matrices, experts, other readers, new code."""
     model, dependencies, scores, batches, text = setting(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     several = {"ratio": (0.3, 0.6), "measure": "divergence"}
