@@ -37,6 +37,6 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 """``paper``: every family loses the same share, as in LLM-Pruner. ``one_ranking``: the global defaults.
-``best``: one ranking of nats per parameter, for scores that ``scale_to_loss`` made, with ``compensate=`` where the
-cut will be compensated; the best recipe measured here (docs/quality). On other scores it compares what cannot be
-compared."""
+``best``: one ranking of nats per parameter, for scores that ``scale_to_loss`` made, with ``compensate=``
+where the cut will be compensated; the best recipe measured here (docs/quality). On other scores it compares
+what cannot be compared."""
