@@ -12,8 +12,6 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
 
-Matrix = nn.Linear | Conv1D
-
 
 def as_matrix(module: nn.Module) -> Tensor:
     """A linear module's weight as float64 ``[out, in]``."""

@@ -22,7 +22,7 @@ from pruner_lib.importance.calibration import (
     untouched,
 )
 from pruner_lib.importance.chain import NotAChain
-from pruner_lib.importance.streams import Stream, token_weights
+from pruner_lib.importance.streams import Stream, state_before, token_weights
 from pruner_lib.pruning.compensation.readers import Reader, left_as_cut, readers_of
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.plan import PruningPlan
@@ -339,12 +339,12 @@ class _Layer:
         if inputs is None or reader.path not in self.outputs[piece]:
             return None
         inputs, target = _rows(inputs), _rows(self.outputs[piece][reader.path])
-        state = _rows(run.dense.hidden[piece]).to(target.device)
+        added = {path: self.outputs[piece][path] for path in self.writers if path in self.outputs[piece]}
+        state = state_before(run.dense.hidden[piece], added, reader.path, self.factor).to(target.device)
         if len(inputs) != len(target) or len(target) < len(state):
             return None
         target = _kept(target, reader)
         if self.factor is not None and reader.path in self.writers:
-            state = state + self.factor * sum(_rows(self.outputs[piece][path]) for path in earlier)
             here = _rows(run.pruned.hidden[piece]).to(target.device)
             here = here + self.factor * sum(map(_rows, written.values()))
             target = target + (_kept(state, reader) - here) / self.factor
