@@ -24,6 +24,8 @@ LAYOUTS = (
     ("phi3", "mlp_neuron"),  # fused gate and up, fused query, key and value
     ("phi3", "attention_head"),
     ("falcon_new", "query_head"),  # parallel attention and MLP
+    ("falcon_new", "mlp_neuron"),  # what the MLP returned is added to in place
+    ("falcon_old", "mlp_neuron"),
     ("gptj", "mlp_neuron"),
     ("gemma2", "mlp_neuron"),  # norms behind the sublayers
     ("opt", "mlp_neuron"),  # tokens as rows

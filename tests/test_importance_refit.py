@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_few_groups_are_measured_together_too():
     assert found.tolist() == pytest.approx([0.4, 0.1, 0.4])  # the two lowest cost 0.5 together
 
 
-OTHERS = ("gemma2", "gpt_neox", "falcon_new", "deepseek_v3", "bitnet", "nn.TransformerEncoderLayer")
+OTHERS = ("gemma2", "gpt_neox", "falcon_new", "deepseek_v3", "nn.TransformerEncoderLayer")
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "invented (braid)"])
@@ -224,7 +225,23 @@ def test_any_layout_is_measured_and_left_as_it_was(name):
     fitted = scale_to_loss(model, dependencies, scores, batches, compensate=text, **several)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     total, mended = (sum(float(found[key].sum()) for key in found) for found in (plain, fitted))
-    assert mended < total if name != "bitnet" else mended == pytest.approx(total)  # no linear module to fit
+    assert mended < total
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cut"),
+    [("bitnet", KINDS, 4), ("olmo2", KINDS, 2), ("llama", ("hidden_channel",), 1)],
+)
+def test_what_is_measured_as_cut_is_said(name, kind, cut):
+    """Channels that are normed together, and those of the whole model."""
+    model = tiny(name).eval()
+    dependencies = pl.discover(model)
+    batches = torch.randint(0, 64, (24, 12), generator=torch.Generator().manual_seed(0))
+    scores = {family.name: torch.ones(family.size) for family in dependencies.select(kind=kind)}
+    plain = scale_to_loss(model, dependencies, scores, batches[:6])
+    with pytest.warns(UserWarning, match="measured as cut, without a fit"):
+        fitted = scale_to_loss(model, dependencies, scores, batches[:6], compensate=batches[6:])
+    assert sum(torch.allclose(plain[family], fitted[family]) for family in scores) == cut
 
 
 def test_as_many_experts_stay_as_the_router_chooses():
@@ -239,6 +256,94 @@ def test_as_many_experts_stay_as_the_router_chooses():
     many = torch.arange(1.0, 13.0)
     cut = scores_in_nats(many, (0.5, 1.0), 2.0, lambda sets: torch.ones(len(sets), 4) * len(sets[-1]), 8)
     assert len(cut) == 12 and float(cut[:8].sum()) == pytest.approx(8)
+    zeros = torch.cat([torch.zeros(60), torch.ones(4)])  # of which no set tells how they share its cost
+    shared = scores_in_nats(zeros, (1 / 3,), 2.0, lambda sets: torch.ones(len(sets), 4) * 0.5, 56)
+    assert float(shared[:56].sum()) == pytest.approx(0.5) and bool((shared[60:] > shared[:60].max()).all())
+
+
+def test_experts_of_which_none_may_go_are_left_out():
+    model, dependencies, scores, batches, _ = setting("mixtral")
+    family = dependencies.select(kind="expert")[0]
+    needed = dataclasses.replace(family, at_least=family.size)
+    families = [needed if one.name == family.name else one for one in dependencies.families]
+    changed = dataclasses.replace(dependencies, families=tuple(families))
+    given = {**scores.scores, family.name: torch.ones(family.size)}
+    assert set(scale_to_loss(model, changed, given, batches).scores) == set(scores.scores)
+
+
+@pytest.mark.parametrize("ratio", [1 / 3, (1 / 6, 1 / 3)])
+def test_neurons_that_never_fire_do_not_make_the_others_free(ratio):
+    """Criteria that read weights score dead neurons, too; that those cost nothing says nothing of others."""
+    model, dependencies, _, batches, text = setting("opt")
+    with torch.no_grad():
+        first = model.model.decoder.layers[0].fc1
+        first.weight[:18] *= 0.05
+        first.bias[:18] = -1
+    name = "layers.0.mlp_neuron"
+    scores = {name: torch.cat([torch.rand(18) / 10 + 0.1, torch.rand(30) + 1])}
+    found = scale_to_loss(model, dependencies, scores, batches, ratio=ratio, measure="divergence")[name]
+    assert torch.equal(found.argsort()[18:], scores[name].argsort()[18:])
+    alive = list(range(18, 48))
+    cost = divergence(model, dependencies.zero(model, {name: alive}), text).mean()
+    assert float(found[alive].sum()) > float(cost) / 2
+
+
+def test_readers_whose_input_is_zero_stay_as_they_are(case):
+    model, dependencies, scores, batches, text = case
+    silent = copy.deepcopy(model)
+    silent.model.layers[0].mlp.up_proj.weight.data.zero_()
+    found = scale_to_loss(silent, dependencies, scores, batches, compensate=text)
+    assert float(found["layers.0.mlp_neuron"].sum()) < 1e-6 < float(found["layers.1.mlp_neuron"].sum())
+
+
+def test_what_is_not_finite_in_the_fits_text_alone_is_named(case):
+    model, dependencies, scores, batches, text = case
+    broken = copy.deepcopy(model)
+    broken.get_input_embeddings().weight.data[63] = float("nan")
+    text = torch.cat([text, torch.full_like(text[:1], 63)])
+    with pytest.raises(FloatingPointError, match=r"layers\.0\..*compensate="):
+        scale_to_loss(broken, dependencies, scores, batches.clamp(max=62), compensate=text)
+
+
+def test_too_little_text_for_the_fits_is_said(case):
+    model, dependencies, scores, batches, text = case
+    with pytest.warns(UserWarning, match="12 calibration tokens for 48 channels .* at least 96"):
+        scale_to_loss(model, dependencies, scores, batches, compensate=text[:1])
+
+
+def test_layers_that_are_no_chain_are_not_fitted():
+    class Skip(torch.nn.Module):
+        """Every layer reads the embedding again."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.layers = base, base.model.layers
+
+        def forward(self, input_ids):
+            inner = self.base.model
+            hidden = first = inner.embed_tokens(input_ids)
+            positions = inner.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            for layer in self.layers:
+                hidden = layer(hidden + 0.1 * first, position_embeddings=positions, attention_mask=None)
+            return self.base.lm_head(inner.norm(hidden))
+
+    model = Skip(tiny("llama")).eval()
+    dependencies = pl.discover(model)
+    batches = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(0))
+    scores = {family.name: torch.ones(family.size) for family in dependencies.select(kind=KINDS)}
+    assert set(scale_to_loss(model, dependencies, scores, batches).scores) == set(scores)
+    with pytest.raises(ValueError, match=r"cannot fit the readers of Skip: .* Leave compensate out"):
+        scale_to_loss(model, dependencies, scores, batches, compensate=batches)
+
+
+def test_no_more_sequences_run_at_once_than_was_asked(case):
+    model, dependencies, scores, batches, text = case
+    rows = set()
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: rows.add(len(out)))
+    shares = {"ratio": (0.1, 0.3, 0.5, 0.7), "compensate": text}
+    scale_to_loss(model, dependencies, scores, batches, micro_batch_size=1, **shares)
+    handle.remove()
+    assert rows == {1}
 
 
 def loss_change(model, changed, batches):
@@ -256,5 +361,8 @@ def test_bad_input(case):
     for ratio in ((), (0.5, 1.5), 0):
         with pytest.raises(ValueError, match=r"outside \(0, 1\]"):
             scale_to_loss(model, dependencies, scores, batches, ratio=ratio)
+    name = "layers.0.mlp_neuron"
+    with pytest.raises(ValueError, match=f"20 scores for the 48 groups of {name}"):
+        scale_to_loss(model, dependencies, {name: scores[name][:20]}, batches)
     with pytest.raises(ValueError, match="10063"):
         scale_to_loss(model, dependencies, scores, batches, compensate=text + 10_000)

@@ -157,6 +157,27 @@ def test_a_wrong_configuration_is_refused_before_anything_runs(place, old, new, 
     assert not (place / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("table", "line", "message"),
+    [
+        ("importance.scale_to_loss", "ratio = [0.3, 2]", r"outside \(0, 1\]"),
+        ("importance.scale_to_loss", 'measure = "kl"', "valid are loss, divergence"),
+        ("importance.scale_to_loss", "ridge = 0", "ridge must be above 0"),
+        ("importance.scale_to_loss", "growth = 0.5", "growth must be at least 1"),
+        ("importance.scale_to_loss", "micro_batch_size = 0", "micro_batch_size must be at least 1"),
+        ("importance.scale_to_loss", "compensate = true", "compensate = true: it is how many windows"),
+        ("importance.scale_to_loss", 'compensate = "all"', 'compensate = "all": it is how many windows'),
+        ("prune.compensate", 'method = "lasso"', "unknown method 'lasso'; valid are ridge, bias"),
+        ("prune.compensate", "holdout = 2", "holdout must lie between 0 and 1"),
+        ("prune.compensate", "num_samples = 1", "num_samples = 1: it is how many windows"),
+    ],
+)
+def test_wrong_values_of_a_stage_are_refused_before_anything_runs(place, table, line, message):
+    (place / "other.toml").write_text(f"[plan]\nratio = 0.5\n[{table}]\n{line}")
+    with pytest.raises(PipelineError, match=rf"\[{table}\].*{message}"):
+        read_config(place / "other.toml")
+
+
 def test_tables_that_need_another_are_refused(place):
     for text, message in (
         ("[prune.compensate]\nnum_samples = 8", r"\[prune\] needs a \[plan\]"),

@@ -115,13 +115,12 @@ def test_the_quality_study_varies_what_the_issue_asks_for(monkeypatch, tmp_path)
     assert {case.seed for case in best} == {0, 1, 2}
     assert {case.calibration for case in best} == {"wikitext2", "c4", "books", quality.MIXED}
     assert {case.what for case in best} == {"heads, neurons", "blocks", "blocks, neurons"}
-    for scope in ("local", "global", "nats", "fitted nats"):
+    criteria = ("taylor_first", "taylor_second", "wanda", "fluctuation", "l2", "random")
+    for scope in ("local", "global"):
         compared = {(c.criterion, c.compensation) for c in cases if c.scope == scope and c.cut == "20 %"}
-        assert {criterion for criterion, fit in compared if fit == "ridge"} >= {
-            "taylor_first",
-            "l2",
-            "random",
-        }
+        assert compared >= {(criterion, fit) for criterion in criteria for fit in (None, "ridge")}
+    fitted = {case.criterion for case in cases if case.scope == "fitted nats"}
+    assert fitted >= {"wanda", "taylor_first", "random"}
 
     def run_case(bench, case):
         perplexity = {"wikitext2, 128": 50.0 if case.cut == "dense" else 80.0}

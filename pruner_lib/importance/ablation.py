@@ -118,9 +118,8 @@ def loss_changes(
     pieces = micro_batches(batches, size if micro_batch_size is None else micro_batch_size)
     layer = layer_index(model, found)
     with untouched(model), memory_advice(batches), torch.no_grad():
-        ablation = Ablation(
-            model, dependencies, found, [[group] for group in chosen], tensors_of(model, found)
-        )
+        sets = [[group] for group in chosen]
+        ablation = Ablation(model, dependencies, found, sets, tensors_of(model, found), rows=micro_batch_size)
         bar = progress_bar(len(pieces) * len(chosen), f"zeroing {found.name}", progress)
         with bar:
             if layer is not None:
@@ -169,6 +168,7 @@ class Ablation:
         tensors: parameters that hold the family's slices.
         measure: how the model without a set compares with the whole one.
         refits: per set, what its readers become; none where they stay as they are.
+        rows: sequences behind the layer at once; None for about 2048 tokens.
     """
 
     model: nn.Module
@@ -178,6 +178,7 @@ class Ablation:
     tensors: Mapping[str, Tensor]
     measure: Measure = MEASURES["loss"]
     refits: Sequence[Weights] = ()
+    rows: int | None = None
 
     def whole(self, pieces: list[Tensor], bar: tqdm) -> Tensor:
         """Changes ``[sets, N]``: one forward pass of the whole model per set and piece."""
@@ -206,7 +207,7 @@ class Ablation:
         self, calls: list[Call], layer: int, hidden: Tensor, piece: Tensor, reference: Tensor, bar: tqdm
     ) -> Tensor:
         """Changes ``[sets, n]`` of one piece, from the state before the family's layer on."""
-        stack = max(1, default_size(piece) // len(piece))
+        stack = max(1, (self.rows or default_size(piece)) // len(piece))
         rows = []
         for first in range(0, len(self.groups), stack):
             places = range(first, min(first + stack, len(self.groups)))

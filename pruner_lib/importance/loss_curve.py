@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MEASURED_ONE_BY_ONE = 8
+ROUNDING = 1e-6  # nats: what float32 does to a loss; a smaller cost is none
 
 Costs = Callable[[list[list[int]]], Tensor]
 """Sets of groups to what each costs on each sequence, ``[sets, N]`` in nats."""
@@ -17,20 +18,28 @@ Costs = Callable[[list[list[int]]], Tensor]
 def scores_in_nats(
     values: Tensor, ratios: Sequence[float], growth: float, costs: Costs, most: int | None = None
 ) -> Tensor:
-    """A family's scores ``[n]`` in nats; see ``scale_to_loss``. ``most`` groups may go together."""
+    """A family's scores ``[n]`` in nats; see ``scale_to_loss``. ``most`` (1 or more) may go together."""
     most = len(values) if most is None else most
     if len(values) <= MEASURED_ONE_BY_ONE:
         return _few(len(values), min(most, len(values) - 1) if len(ratios) > 1 else 1, costs)
     ordered, order = values.double().sort(stable=True)
-    sizes = sorted({min(_size(values, ratio), most) for ratio in ratios})
-    total = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    if float(total[sizes[-1]]) == 0:  # every score is zero, which is zero in any unit
+    if float(ordered[-1]) == 0:  # every score is zero, which is zero in any unit
         return values.double()
+    sizes = sorted({min(_size(values, ratio), most) for ratio in ratios})
     measured = _level(costs([order[:size].tolist() for size in sizes]))
-    if len(sizes) == 1:
+    while float(measured[-1]) < ROUNDING and sizes[-1] < most:
+        # Neurons that never fire, whatever they score, say nothing of those that do: measure more.
+        sizes.append(min(2 * sizes[-1], most))
+        measured = torch.cat([measured, _level(costs([order[: sizes[-1]].tolist()]))])
+    total = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+    if float(total[sizes[-1]]) == 0:  # scores that do not say how the measured groups share the cost
+        total = torch.arange(len(total), dtype=total.dtype)
+    if len(ratios) == 1:
+        sizes, measured = sizes[-1:], measured[-1:]
         curve = float(measured[0]) * (total / total[sizes[0]]) ** growth
     else:
-        curve = _convex(total, total[sizes], measured, growth)
+        told = total[sizes] > 0  # zeros alone are no point of the curve
+        curve = _convex(total, total[sizes][told], measured[told], growth)
     return torch.empty_like(ordered).scatter_(0, order, curve.diff())
 
 

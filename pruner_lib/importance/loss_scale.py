@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,7 @@ from pruner_lib.importance.measures import MEASURES, Measure
 from pruner_lib.importance.refitting import LayerReaders, Readers, Weights
 from pruner_lib.importance.scores import ImportanceScores
 from pruner_lib.importance.streams import Stream
+from pruner_lib.readers.fitting import too_few
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
@@ -61,7 +63,8 @@ def scale_to_loss(
     more than the one before, as it does: near a minimum the loss grows with the square of what is taken away.
     σ is the standard error of ΔL over the sequences: a change that cannot be told from nothing is not taken
     for less than that. Where the m lowest scores are all zero (neurons that never fire), ``ratio`` is of the
-    groups above zero, and the zeros are zeroed with them. A family of at most 8 groups (KV heads) is measured
+    groups above zero, and the zeros are zeroed with them; where the m lowest cost nothing (under 1e-6 nats)
+    whatever they score, m is doubled until they do. A family of at most 8 groups (KV heads) is measured
     group by group instead: s'_i = max(ΔL({i}), σ_i). The order within larger families stays; how families
     compare does not, which a criterion alone says badly: a head and a neuron, the first layer and the last.
 
@@ -82,7 +85,7 @@ def scale_to_loss(
     Example:
         >>> scores = estimate_importance(model, dependencies, batches, criterion="wanda")
         >>> nats = scale_to_loss(model, dependencies, scores, batches[:16], ratio=(1 / 3, 2 / 3),
-        ...                      measure="divergence", compensate=batches)
+        ...                      measure="divergence", compensate=batches[16:])
         >>> plan = plan_pruning(dependencies, nats, target_params=0.8, preset="best")
         >>> pruned = prune(model, plan, compensate=batches)
 
@@ -95,10 +98,12 @@ def scale_to_loss(
         ratio: share of a family that is zeroed, in (0, 1], best near what will be pruned; or several.
         growth: p, at least 1; 1 keeps the scores' own proportions.
         measure: ``"loss"``, the change of next-token cross-entropy, or ``"divergence"``.
-        compensate: token ids ``[N, L]`` that the fits see, some ten thousand; None measures the cut alone.
-            Readers outside the layers, shared ones, and experts that a router picks stay as cut.
+        compensate: token ids ``[N, L]`` that the fits see, some ten thousand, and none of ``batches``, where
+            a fit would look better than it is; None measures the cut alone. Readers outside the layers,
+            shared ones, and experts that a router picks stay as cut.
         ridge: λ of these fits, above 0.
-        families: which to scale; all that have scores if None.
+        families: which to scale; all that have scores if None. One of which no group may go (experts that a
+            router needs all of) is left out.
         micro_batch_size: sequences run at once; None for about 2048 tokens.
         progress: whether a bar is shown; None shows it in a terminal.
 
@@ -108,19 +113,18 @@ def scale_to_loss(
 
     Raises:
         ValueError: a ratio outside (0, 1], a growth below 1, a ridge of 0, an unknown measure, unusable
-            batches, negative scores, no family.
-        FloatingPointError: a loss that is NaN or infinite.
+            batches, negative scores, scores of another size than their family, no family; ``compensate``
+            where layers do not hand one hidden state on.
+        FloatingPointError: a loss, or what a reader reads, that is NaN or infinite.
+
+    Warns:
+        UserWarning: with ``compensate``, families that are measured as cut all the same (their channels are
+            normed together, or they run through the whole model), and readers with too little text.
 
     Source: the idea of measuring layers instead of guessing is Li et al. (arXiv 1608.08710); the scaling is
     this project's own.
     """
-    ratios = _ratios(ratio)
-    if growth < 1:
-        raise ValueError(f"growth must be at least 1, not {growth}: no group costs less than the one before")
-    if measure not in MEASURES:
-        raise ValueError(f"unknown measure {measure!r}; valid are {', '.join(MEASURES)}")
-    if not ridge > 0:
-        raise ValueError(f"ridge must be above 0, not {ridge}: without it a fit may have no solution")
+    ratios = check_scaling(ratio=ratio, growth=growth, measure=measure, ridge=ridge)
     batches = check_batches(model, batches)
     text = None if compensate is None else check_batches(model, compensate)
     if len(batches) < 2:
@@ -130,6 +134,11 @@ def scale_to_loss(
     units = depth_units(dependencies)
     chosen = _chosen(dependencies, [name for name in scores if name not in units], families)
     for family in chosen:
+        if len(scores[family.name]) != family.size:
+            raise ValueError(
+                f"{len(scores[family.name])} scores for the {family.size} groups of {family.name}; score "
+                "this model, with the map that is given here"
+            )
         if float(scores[family.name].min()) < 0:
             raise ValueError(f"scores of {family.name} are negative; loss changes are scaled from sizes")
     pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
@@ -142,25 +151,49 @@ def scale_to_loss(
         progress_bar(total, "scaling to the loss", progress) as bar,
     ):
         mean_loss(model, pieces)  # names what is not finite before anything is zeroed
-        meter = _Meter(model, dependencies, pieces, MEASURES[measure], bar)
+        meter = _Meter(model, dependencies, pieces, MEASURES[measure], bar, micro_batch_size)
         for family, costs in meter.families(chosen, text, ridge):
-            # A router needs as many experts as it chooses for a token.
-            most = family.size if family.at_least == 1 else family.size - family.at_least
+            most = _most(family)
             scaled[family.name] = scores_in_nats(scores[family.name], ratios, growth, costs, most)
+    meter.warn(text)
     scaled = {family.name: scaled[family.name] for family in chosen}
     scaled |= {name: scores[name] for name in scores if families is None and name in units}
     criterion = f"{scores.criterion or 'scores'}, scaled to the {measure}"
     return dataclasses.replace(scores, scores=scaled, criterion=criterion)
 
 
-def _ratios(given: float | Sequence[float]) -> list[float]:
-    """The shares to measure."""
-    found = list(given) if isinstance(given, Sequence) else [given]
-    if not found or not all(0 < ratio <= 1 for ratio in found):
+def check_scaling(
+    *,
+    ratio: float | Sequence[float] = 1 / 3,
+    growth: float = 2.0,
+    measure: str = "loss",
+    ridge: float = 0.1,
+    micro_batch_size: int | None = None,
+) -> list[float]:
+    """The shares to measure, once the options of :func:`scale_to_loss` are seen to be usable.
+
+    Raises:
+        ValueError: one that is not.
+    """
+    found = list(ratio) if isinstance(ratio, Sequence) else [ratio]
+    if not found or not all(0 < share <= 1 for share in found):
         raise ValueError(
-            f"ratio {given} is outside (0, 1]: it is the share of each family that is zeroed, or several"
+            f"ratio {ratio} is outside (0, 1]: it is the share of each family that is zeroed, or several"
         )
+    if growth < 1:
+        raise ValueError(f"growth must be at least 1, not {growth}: no group costs less than the one before")
+    if measure not in MEASURES:
+        raise ValueError(f"unknown measure {measure!r}; valid are {', '.join(MEASURES)}")
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, not {ridge}: without it a fit may have no solution")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size must be at least 1, not {micro_batch_size}")
     return found
+
+
+def _most(family: GroupFamily) -> int:
+    """How many groups may go together: a router needs as many experts as it chooses for a token."""
+    return family.size if family.at_least == 1 else family.size - family.at_least
 
 
 def _chosen(
@@ -174,7 +207,7 @@ def _chosen(
     if not names:
         found = "the scores hold none" if families is None else "families is empty"
         raise ValueError(f"there is no family to scale: {found}; name some that have scores, or leave it out")
-    return [dependencies.family(name) for name in names]
+    return [family for family in map(dependencies.family, names) if _most(family) > 0]
 
 
 class _Meter:
@@ -185,6 +218,7 @@ class _Meter:
         pieces: token ids ``[n, L]`` each.
         measure: how the model without a set compares with the whole one.
         bar: counts sets and pieces.
+        rows: sequences run at once; None for about 2048 tokens.
     """
 
     def __init__(
@@ -194,11 +228,13 @@ class _Meter:
         pieces: list[Tensor],
         measure: Measure,
         bar: tqdm,
+        rows: int | None,
     ) -> None:
         self.model, self.dependencies, self.pieces = model, dependencies, pieces
-        self.measure, self.bar = measure, bar
-        # A number per sequence is kept of all pieces; what is as large as the logits of the last one alone.
-        self._reference = lru_cache(len(pieces) if measure.light else 1)(self._compared_with)
+        self.measure, self.bar, self.rows = measure, bar, rows
+        self._references: dict[int, Tensor] = {}
+        self._as_cut: list[str] = []  # families that were to be fitted
+        self._thin: dict[str, int] = {}
 
     def families(
         self, chosen: Sequence[GroupFamily], text: Tensor | None, ridge: float
@@ -212,10 +248,28 @@ class _Meter:
         try:
             if inside:
                 yield from self._by_layer(inside, text, ridge)
-        except NotAChain:
+        except NotAChain as error:
+            if text is not None:
+                raise ValueError(
+                    f"cannot fit the readers of {type(self.model).__name__}: {error}. Leave compensate out"
+                ) from error
             whole = list(chosen)
+        if text is not None:
+            self._as_cut = [family.name for family in whole]
         for family in whole:
             yield family, partial(self._whole, family)
+
+    def warn(self, text: Tensor | None) -> None:
+        """Say where a fit was asked for and there was none, or hardly one."""
+        if self._as_cut:
+            more = f" and {len(self._as_cut) - 1} more families" if len(self._as_cut) > 1 else ""
+            warnings.warn(
+                f"the costs of {self._as_cut[0]}{more} are measured as cut, without a fit: a norm averages "
+                "over what remains of them, or they run through the whole model. Others may look cheaper",
+                stacklevel=3,
+            )
+        if self._thin and text is not None:
+            warnings.warn(too_few(text.numel(), self._thin), stacklevel=3)
 
     def _by_layer(
         self, inside: Mapping[int, list[GroupFamily]], text: Tensor | None, ridge: float
@@ -225,9 +279,10 @@ class _Meter:
         readers = None
         if text is not None:
             local = itertools.chain.from_iterable(inside.values())
-            readers = Readers(self.model, self.dependencies, local, text, ridge)
+            readers = Readers(self.model, self.dependencies, local, text, ridge, self.rows)
         for layer in range(1 + max(inside)):
             found = readers.next_layer() if readers else None
+            self._thin |= found.thin if found else {}
             for family in inside.get(layer, []):
                 yield family, partial(self._from_layer, family, found)
             self._stream.advance([self._stream.run(piece, ())[0] for piece in range(len(self.pieces))])
@@ -241,10 +296,15 @@ class _Meter:
             rows.append(ablation.changes(calls, stream.at, hidden, piece, self._reference(number), self.bar))
         return torch.cat(rows, 1)
 
-    def _compared_with(self, number: int) -> Tensor:
-        calls = self._stream.calls(number)
-        with starting_after(calls, len(calls) - 1, self._last[number]):
-            return self.measure.reference(self.model, self.pieces[number])
+    def _reference(self, number: int) -> Tensor:
+        """What the whole model says of a piece."""
+        if number not in self._references:
+            calls = self._stream.calls(number)
+            if not self.measure.light:  # as large as the logits: one is held
+                self._references.clear()
+            with starting_after(calls, len(calls) - 1, self._last[number]):
+                self._references[number] = self.measure.reference(self.model, self.pieces[number])
+        return self._references[number]
 
     def _whole(self, family: GroupFamily, sets: list[list[int]]) -> Tensor:
         ablation = self._ablation(family, sets, [])
@@ -252,4 +312,5 @@ class _Meter:
 
     def _ablation(self, family: GroupFamily, sets: list[list[int]], refits: list[Weights]) -> Ablation:
         tensors = tensors_of(self.model, family)
-        return Ablation(self.model, self.dependencies, family, sets, tensors, self.measure, refits)
+        options = (tensors, self.measure, refits, self.rows)
+        return Ablation(self.model, self.dependencies, family, sets, *options)

@@ -23,7 +23,7 @@ from pruner_lib.discovery.families import GroupFamily
 from pruner_lib.discovery.grouping import layer_list
 from pruner_lib.importance.calibration import default_size, micro_batches
 from pruner_lib.importance.streams import Stream, state_before, token_weights
-from pruner_lib.readers.fitting import Statistics, ridge_fit
+from pruner_lib.readers.fitting import TOKENS_PER_CHANNEL, Statistics, ridge_fit
 from pruner_lib.readers.matrices import as_matrix, matrices, residual_writers, set_matrix
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class LayerReaders:
 
     found: Mapping[tuple[str, int], tuple[nn.Module, Statistics]]
     ridge: float
+    thin: Mapping[str, int]  # readers of more channels than the text can fit
 
     def without(self, family: GroupFamily, groups: Sequence[int]) -> Weights:
         """New weights ``[out, in]`` (zero where the groups were read) and biases of those that read a family.
@@ -57,7 +58,10 @@ class LayerReaders:
         stays[torch.from_numpy(gone).to(weight.device)] = False
         kept = stays.nonzero()[:, 0]
         wide = None if bias is None else bias.detach().double()
-        fit, moved = ridge_fit(sums.of_reader(weight, wide, kept), weight[:, kept], wide, self.ridge)
+        try:
+            fit, moved = ridge_fit(sums.of_reader(weight, wide, kept), weight[:, kept], wide, self.ridge)
+        except torch.linalg.LinAlgError:  # all that stays is zero
+            fit, moved = weight[:, kept], wide
         return torch.zeros_like(weight).index_copy_(1, kept, fit), moved
 
 
@@ -70,6 +74,7 @@ class Readers:
         families: whose readers.
         batches: token ids ``[N, L]`` that the fits see.
         ridge: λ.
+        size: sequences run at once.
 
     Raises:
         NotAChain: the layers do not simply hand one hidden state on.
@@ -82,8 +87,9 @@ class Readers:
         families: Iterable[GroupFamily],
         batches: Tensor,
         ridge: float,
+        size: int | None = None,
     ) -> None:
-        self._stream = Stream(model, micro_batches(batches, default_size(batches)))
+        self._stream = Stream(model, micro_batches(batches, size or default_size(batches)))
         self._path, _ = layer_list(model)
         self._dependencies, self._ridge = dependencies, ridge
         shared = {*dependencies.aliases, *dependencies.aliases.values()}
@@ -91,7 +97,11 @@ class Readers:
         self._read = {(weight, dim) for weight, dim in slices if weight not in shared}
 
     def next_layer(self) -> LayerReaders:
-        """Of the layer that comes next."""
+        """Of the layer that comes next.
+
+        Raises:
+            FloatingPointError: what a reader reads is NaN or infinite.
+        """
         stream, prefix = self._stream, f"{self._path}.{self._stream.at}"
         layer = stream.layers[stream.at]
         found = ((path, (weight, dim)) for path, weight, dim, _ in matrices(layer, f"{prefix}."))
@@ -113,7 +123,15 @@ class Readers:
             for path, total in sums.items()
             if total.tokens == tokens  # an expert that a router sends a part of them stays as it is
         }
-        return LayerReaders(sound, self._ridge)
+        for (weight, _), (_, total) in sound.items():
+            if not total.finite:
+                raise FloatingPointError(
+                    f"what {weight} reads is NaN or infinite on the text that compensate= was given; no "
+                    "scores made. Try float32 or bfloat16 weights"
+                )
+        widths = {weight: len(total.second) for (weight, _), (_, total) in sound.items()}
+        thin = {weight: width for weight, width in widths.items() if tokens < TOKENS_PER_CHANNEL * width}
+        return LayerReaders(sound, self._ridge, thin)
 
 
 def _add(sums: dict[str, Statistics], layer: nn.Module, path: str, inputs: Tensor, state: Tensor) -> None:

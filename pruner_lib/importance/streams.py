@@ -58,7 +58,7 @@ class Stream:
 
         def keep(path: str) -> Any:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                inputs[path] = args[0]
+                inputs[path] = args[0].clone()
 
             return hook
 
@@ -99,7 +99,10 @@ class Stream:
 
 
 def state_before(hidden: Tensor, written: Mapping[str, Tensor], path: str, factor: float | None) -> Tensor:
-    """The residual state ``[tokens, width]`` that a module's sublayer reads.
+    """The residual state ``[tokens, width]`` at a module: with what the writers before it added.
+
+    It is what the module's sublayer reads where sublayers stand one behind the other; where they stand side
+    by side, as in GPT-NeoX, only nearly, since neither reads the other.
 
     Args:
         hidden: the state before the layer.
@@ -128,7 +131,7 @@ def _run(
 
     def watch(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[path] = hidden_of(output)
+            outputs[path] = hidden_of(output).clone()  # some layers go on in place, on this very tensor
 
         return hook
 

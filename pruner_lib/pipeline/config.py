@@ -10,12 +10,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pruner_lib.assets import DEFAULT_MODEL, load_calibration, load_model
 from pruner_lib.assets.errors import suggestion
 from pruner_lib.evaluation import evaluate
 from pruner_lib.importance import estimate_importance, scale_to_loss
+from pruner_lib.importance.loss_scale import check_scaling
 from pruner_lib.pruning import Compensation, plan_pruning
 from pruner_lib.recovery import Distillation, RecoverySettings
 from pruner_lib.recovery.self_generated import SelfGeneration
@@ -234,6 +236,14 @@ def _check_order(config: PipelineConfig) -> None:
         raise PipelineError(f'[recover] teacher must be "dense" or left out, got {teacher!r}')
 
 
+def _count(given: Any, where: str) -> None:
+    """A number of windows."""
+    if not isinstance(given, int) or isinstance(given, bool) or given < 2:
+        raise PipelineError(
+            f"{where} = {json.dumps(given)}: it is how many windows of text the fit sees, 2 or more"
+        )
+
+
 def _check_values(config: PipelineConfig) -> None:
     fields_of = {field.name for field in fields(Compensation)} - {"batches", "progress"}
     compensate = config.table("prune").get("compensate", {})
@@ -243,6 +253,11 @@ def _check_values(config: PipelineConfig) -> None:
             f"num_samples, {', '.join(sorted(fields_of))}"
         )
     _known(compensate, {"num_samples", *fields_of}, "[prune.compensate]", "key")
+    _count(compensate.get("num_samples", 2), "[prune.compensate] num_samples")
+    try:
+        config.compensation(lambda count: torch.zeros(2, 2, dtype=torch.long))
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"[prune.compensate] {error}") from error
     scaling = config.table("importance").get("scale_to_loss", False)
     valid = set(inspect.signature(scale_to_loss).parameters)
     valid -= {"model", "dependencies", "scores", "batches", "families", "progress"}
@@ -251,7 +266,13 @@ def _check_values(config: PipelineConfig) -> None:
             f"[importance] scale_to_loss must be true, false or a table, [importance.scale_to_loss], not "
             f"{scaling!r}; its keys: {', '.join(sorted(valid))}"
         )
-    _known(scaling if isinstance(scaling, dict) else (), valid, "[importance.scale_to_loss]", "key")
+    if isinstance(scaling, dict):
+        _known(scaling, valid, "[importance.scale_to_loss]", "key")
+        _count(scaling.get("compensate", 2), "[importance.scale_to_loss] compensate")
+        try:
+            check_scaling(**{key: _tuple(value) for key, value in scaling.items() if key != "compensate"})
+        except (TypeError, ValueError) as error:
+            raise PipelineError(f"[importance.scale_to_loss] {error}") from error
     recover = config.table("recover")
     for name, kind in (
         ("settings", RecoverySettings), ("distillation", Distillation), ("self_generated", SelfGeneration),

@@ -12,11 +12,13 @@ bias is the mean of what remains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+TOKENS_PER_CHANNEL = 2  # fewer, and the fit is mostly the shrinkage
 
 
 @dataclass
@@ -207,3 +209,13 @@ def mean_fit(fit: Statistics, held: Statistics, weight: Tensor, bias: Tensor | N
     if not after < before:
         return Fit(weight, bias, float("inf"), before, before)
     return Fit(fitted, moved, 0.0, before, after)
+
+
+def too_few(tokens: int, thin: Mapping[str, int]) -> str:
+    """One sentence on the readers (path to channels) that have too little text."""
+    worst = max(thin, key=thin.__getitem__)
+    others = f" and {len(thin) - 1} more readers" if len(thin) > 1 else ""
+    return (
+        f"{tokens:,} calibration tokens for {thin[worst]:,} channels of {worst}{others}: a fit takes at "
+        f"least {TOKENS_PER_CHANNEL * thin[worst]:,}, a good one ten times as many. They stay near the old"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,11 @@ from pruner_lib.importance.streams import Stream, state_before, token_weights
 from pruner_lib.pruning.compensation.readers import Reader, left_as_cut, readers_of
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.plan import PruningPlan
-from pruner_lib.readers.fitting import Fit, Statistics, best_fit, mean_fit
+from pruner_lib.readers.fitting import TOKENS_PER_CHANNEL, Fit, Statistics, best_fit, mean_fit, too_few
 from pruner_lib.readers.matrices import residual_writers, set_matrix
 
 METHODS = ("ridge", "bias")
 WEIGHTING = ("rms", "none")
-_TOKENS_PER_CHANNEL = 2  # fewer, and the fit is mostly the shrinkage
 
 
 @dataclass(frozen=True)
@@ -212,16 +211,6 @@ def _even_size(fitted: int, held: int, most: int) -> int:
     return even if 8 * even >= most else most
 
 
-def _too_few(tokens: int, thin: Mapping[str, int]) -> str:
-    """One sentence on the readers (path to channels) that have too little text."""
-    worst = max(thin, key=thin.__getitem__)
-    others = f" and {len(thin) - 1} more readers" if len(thin) > 1 else ""
-    return (
-        f"{tokens:,} calibration tokens for {thin[worst]:,} channels of {worst}{others}: a fit takes at "
-        f"least {_TOKENS_PER_CHANNEL * thin[worst]:,}, a good one ten times as many. They stay near the old"
-    )
-
-
 class _Run:
     """One pass over the layers."""
 
@@ -248,7 +237,7 @@ class _Run:
                 bar.update()
         left = left_as_cut(self.model, self.plan, {reader.weight for reader in self.found})
         if self.thin:
-            warnings.warn(_too_few(self.tokens, self.thin), stacklevel=3)
+            warnings.warn(too_few(self.tokens, self.thin), stacklevel=3)
         return tuple(self.found), tuple(left)
 
     def _layer(self, layer: int) -> None:
@@ -312,7 +301,7 @@ class _Layer:
                 f"compensation: what {reader.weight} reads or should return is NaN or infinite on the "
                 "calibration text. Nothing was changed. Try float32 or bfloat16 weights"
             )
-        if run.settings.method == "ridge" and sums[0].tokens < _TOKENS_PER_CHANNEL * weight.shape[1]:
+        if run.settings.method == "ridge" and sums[0].tokens < TOKENS_PER_CHANNEL * weight.shape[1]:
             run.thin[reader.weight] = weight.shape[1]
         found = self._solve(reader, sums[0], sums[1], weight, bias)
         set_matrix(module, found.weight, found.bias)
