@@ -2,6 +2,7 @@
 
     python benchmarks/compensation.py              # random Llamas of growing size, then the default model
     python benchmarks/compensation.py --no-default
+    python benchmarks/compensation.py --only recipe      # the second table
 
 First the fit alone, with a quarter of the neurons and KV heads of each layer gone; then all that leads from a
 dense model to a compensated one of 80 % of its parameters: discovery, scores from a quarter of the text,
@@ -148,6 +149,7 @@ def show(head: list[str], what: str, cases: list[Case]) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--no-default", action="store_true", help="leave out the default model")
+    options.add_argument("--only", choices=MEASURES, help="one of the two tables")
     options.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.case is not None:
@@ -155,10 +157,12 @@ def main() -> None:
         print(json.dumps(MEASURES[what](Case(**case))))
         return
     default, whole = ([], []) if given.no_default else (DEFAULT, WHOLE_DEFAULT)
-    show(["seconds", "memory beyond the two models", "the two models"], "fit", GROWING + default)
-    print()
-    head = [f"{stage}, s" for stage in STAGES]
-    show([*head, "all, s", "memory beyond the model", "the model"], "recipe", GROWING + whole)
+    if given.only != "recipe":
+        show(["seconds", "memory beyond the two models", "the two models"], "fit", GROWING + default)
+        print()
+    if given.only != "fit":
+        head = [f"{stage}, s" for stage in STAGES]
+        show([*head, "all, s", "memory beyond the model", "the model"], "recipe", GROWING + whole)
 
 
 if __name__ == "__main__":

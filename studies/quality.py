@@ -51,7 +51,6 @@ class Case:
         seed: of its draws.
         steps: in how many it is cut; the model is compensated and scored again between them.
         windows: of text that the fit reads; 0 takes the study's.
-        length: of these windows, in tokens; as many tokens in all as in ``windows`` of 128.
     """
 
     cut: str
@@ -63,7 +62,6 @@ class Case:
     seed: int = 0
     steps: int = 1
     windows: int = 0
-    length: int = 128
 
     @property
     def name(self) -> str:
@@ -79,7 +77,6 @@ class Case:
         )
         more = [f"{self.steps} steps"] if self.steps > 1 else []
         more += [f"{self.windows} windows"] if self.windows else []
-        more += [f"of {self.length} tokens"] if self.length != 128 else []
         return " · ".join((*parts, f"seed {self.seed}", *more))
 
     @property
@@ -87,7 +84,7 @@ class Case:
         """Whether it is tested on more than one kind of text: the recipe at 20 %, and what it begins from."""
         if self.windows > 1024:  # tests of three kinds take longer than the rest of a case
             return False
-        free = ("calibration", "compensation", "length", "scope", "steps", "windows")
+        free = ("calibration", "compensation", "scope", "steps", "windows")
         ours = dataclasses.replace(BEST, **{name: getattr(self, name) for name in free})
         return self.cut == "dense" or (self == ours and "nats" in self.scope)
 
@@ -122,7 +119,6 @@ def cases() -> list[Case]:
     found += [vary(BEST, criterion="fluctuation", scope="local", compensation="bias")]
     found += [vary(BEST, scope="local", what="neurons")]
     found += [vary(BEST, criterion=criterion) for criterion in ("taylor_first", "random")]
-    found += [vary(BEST, length=512)]
     return list(dict.fromkeys(found))
 
 
@@ -157,12 +153,12 @@ class Bench:
     def dependencies(self) -> pl.DependencyMap:
         return pl.discover(self.dense[0])
 
-    def batches(self, case: Case, windows: int, shift: int = 0, length: int = 128) -> torch.Tensor:
+    def batches(self, case: Case, windows: int, shift: int = 0) -> torch.Tensor:
         """Calibration windows; of mixed text, as many of each kind, in turn."""
         kinds = TESTS if case.calibration == MIXED else (case.calibration,)
         count, seed = -(-windows // len(kinds)), 10 * case.seed + shift
         found = [
-            pl.load_calibration(self.dense[1], source=kind, num_samples=count, seq_len=length, seed=seed)
+            pl.load_calibration(self.dense[1], source=kind, num_samples=count, seq_len=128, seed=seed)
             for kind in kinds
         ]
         return torch.stack(found, 1).flatten(0, 1)[:windows]
@@ -235,8 +231,7 @@ class Bench:
     def _fit(self, case: Case) -> Compensation | None:
         if case.compensation is None:
             return None
-        count = (case.windows or self.study.windows) * 128 // case.length
-        windows = self.batches(case, count, shift=2, length=case.length)
+        windows = self.batches(case, case.windows or self.study.windows, shift=2)
         return Compensation(windows, method=case.compensation)
 
 
@@ -277,9 +272,7 @@ def _ranking(record: Mapping[str, Any]) -> str:
 def _fitted(record: Mapping[str, Any]) -> str:
     """How readers were fitted, and on how much where that is not the study's."""
     windows = record.get("windows", 0)
-    length = record.get("length", 128)
-    more = f", {windows:,} windows" if windows else ""
-    return (record["compensation"] or "none") + more + (f", of {length} tokens" if length != 128 else "")
+    return (record["compensation"] or "none") + (f", {windows:,} windows" if windows else "")
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
