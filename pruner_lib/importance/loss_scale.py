@@ -134,13 +134,7 @@ def scale_to_loss(
     units = depth_units(dependencies)
     chosen = _chosen(dependencies, [name for name in scores if name not in units], families)
     for family in chosen:
-        if len(scores[family.name]) != family.size:
-            raise ValueError(
-                f"{len(scores[family.name])} scores for the {family.size} groups of {family.name}; score "
-                "this model, with the map that is given here"
-            )
-        if float(scores[family.name].min()) < 0:
-            raise ValueError(f"scores of {family.name} are negative; loss changes are scaled from sizes")
+        _check_scores(family, scores[family.name])
     pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
     total = len(pieces) * sum(how_many_sets(family.size, ratios) for family in chosen)
     scaled: dict[str, Tensor] = {}
@@ -189,6 +183,17 @@ def check_scaling(
     if micro_batch_size is not None and micro_batch_size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, not {micro_batch_size}")
     return found
+
+
+def _check_scores(family: GroupFamily, values: Tensor) -> None:
+    """Whether they are this family's, and sizes."""
+    if len(values) != family.size:
+        raise ValueError(
+            f"{len(values)} scores for the {family.size} groups of {family.name}; score this model, with the "
+            "map that is given here"
+        )
+    if float(values.min()) < 0:
+        raise ValueError(f"scores of {family.name} are negative; loss changes are scaled from sizes")
 
 
 def _most(family: GroupFamily) -> int:
