@@ -240,7 +240,8 @@ def _count(given: Any, where: str) -> None:
     """A number of windows."""
     if not isinstance(given, int) or isinstance(given, bool) or given < 2:
         raise PipelineError(
-            f"{where} = {json.dumps(given, default=str)}: it is how many windows of text the fit sees, 2 or more"
+            f"{where} = {json.dumps(given, default=str)}: it is how many windows of text the fit sees, 2 or "
+            "more"
         )
 
 
