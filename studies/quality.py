@@ -110,6 +110,7 @@ def cases() -> list[Case]:
     found += [vary(BEST, scope="local", compensation=c) for c in both]
     found += [vary(BEST, calibration=text) for text in ("c4", "books")]
     found += [vary(nats, what=what, compensation=c) for what in ("blocks", "blocks, neurons") for c in both]
+    found += [vary(BEST, steps=2)]
     found += [vary(nats, steps=steps) for steps in (2, 4)]
     found += [vary(nats, cut=cut, compensation=c) for cut in ("10 %", "30 %", "50 %") for c in both]
     found += [vary(nats, calibration=text) for text in ("c4", "books", MIXED)]

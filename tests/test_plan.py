@@ -174,6 +174,9 @@ def test_a_plan_for_a_model_with_the_same_groups_but_other_parameters(dependenci
         PruningPlan.load(path, biased)
 
 
+WRITTEN = '{{"format": "pruner_lib.pruning_plan", "version": 2, "params_before": 1, "families": {{}}, {}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -181,6 +184,9 @@ def test_a_plan_for_a_model_with_the_same_groups_but_other_parameters(dependenci
         ("[]", "not a pruning plan"),
         ('{"format": "pruner_lib.pruning_plan", "version": 9}', "version 9; this library reads versions 1"),
         ('{"format": "pruner_lib.pruning_plan", "version": 1}', "families, params_before, removal missing"),
+        (WRITTEN.format('"removal": [1]'), "families and removal are objects"),
+        (WRITTEN.format('"removal": {"layers.0.mlp_neuron": 3}'), "the groups of each family a list"),
+        (WRITTEN.format('"removal": {}, "dropped": [5]'), "dropped a list of names"),
     ],
 )
 def test_other_files_are_refused(dependencies, tmp_path, text, message):

@@ -291,6 +291,8 @@ def test_layers_that_mean_something_by_their_number_are_refused():
             {"count": 1, "batches": BATCHES, "method": "random"},
             "unknown method 'random'; valid are influence",
         ),
+        ({"drop": [0], "method": "random"}, "unknown method 'random'"),
+        ({"count": 2.0, "batches": BATCHES}, "count 2.0: the model has 3 such units"),
         ({"count": 1, "batches": BATCHES, "unit": "head"}, "unknown unit 'head'; valid are block"),
         ({"count": 1, "batches": BATCHES + 1000}, "outside the model's vocabulary"),
     ],
@@ -304,3 +306,33 @@ def test_a_unit_that_the_model_has_not_is_refused():
     model = tiny("opt")
     with pytest.raises(ValueError, match="kind 'mlp': this model has no such unit"):
         plan_pruning(discover(model), {}, ratio=0.5, kinds="mlp")
+
+
+@pytest.mark.parametrize("method", ["influence", "loss", "greedy"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_as_many_units_go_as_asked_for(method, count):
+    """A sublayer of a layer that goes, too, is none more."""
+    units = ("block", "attention", "mlp")
+    plan = plan_layers(tiny("llama"), count=count, unit=units, batches=BATCHES, method=method)
+    assert len(plan.dropped) == count
+
+
+def test_more_units_than_can_go_apart():
+    with pytest.raises(ValueError, match=r"only \d units can go"):
+        plan_layers(tiny("llama"), count=8, unit=("block", "attention", "mlp"), batches=BATCHES)
+
+
+def test_what_is_left_stays_in_evaluation():
+    shorter = prune_layers(tiny("llama").eval(), ["layers.0", "layers.1.mlp"])
+    assert not any(module.training for module in shorter.modules())
+
+
+@pytest.mark.parametrize("unit", ["layers.1", "layers.2"])
+def test_a_plan_is_not_carried_out_twice(unit):
+    """A shorter model has other layers under the same names."""
+    model = tiny("llama")
+    shorter = prune_layers(model, unit)
+    with pytest.raises(PruningError, match=r"another model: it expects model\.layers\.2\."):
+        prune(shorter, PruningPlan.from_removal(discover(model), {}, dropped=[unit]))
+    with pytest.raises(PruningError, match=r"another model: it expects model\.layers\.2\."):
+        prune(shorter, PruningPlan.from_removal(discover(model), {"layers.0.mlp_neuron": [1]}))

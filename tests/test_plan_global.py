@@ -185,6 +185,8 @@ def test_presets_give_what_is_not_given():
         ({"weigh": "flops"}, "unknown weigh 'flops'"),
         ({"floor": 1.5}, r"floor 1.5 is outside \[0, 1\]"),
         ({"floor": {"mlp_neuron": -1}}, "floor -1 of mlp_neuron"),
+        ({"floor": "0.3"}, "floor '0.3' is outside"),
+        ({"kind_weights": {"mlp_neuron": "2"}}, "weight of mlp_neuron must be positive, not '2'"),
         ({"floor": {"neuron": 0.1}}, "unknown kind 'neuron' in floor"),
         ({"kind_weights": {"mlp_neuron": 0}}, "weight of mlp_neuron must be positive"),
         ({"kind_weights": {"heads": 1}}, "unknown kind 'heads' in kind_weights"),
@@ -193,3 +195,54 @@ def test_presets_give_what_is_not_given():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         GlobalRanking(**options)
+
+
+def test_floors_do_not_change_what_a_ratio_stands_for():
+    """The local plan has no floors; a global one that may not go so far says so."""
+    local = plan_pruning(DEPENDENCIES, SCORES, ratio=0.5)
+    options = {"ratio": 0.5, "scope": "global"}
+    low = plan_pruning(DEPENDENCIES, SCORES, **options, ranking=GlobalRanking(floor=0.3))
+    assert local.params_after - 54 < low.params_after <= local.params_after
+    with pytest.raises(ValueError, match=r"ratio 0.5, in the global scope .* out of reach.*smaller ratio"):
+        plan_pruning(DEPENDENCIES, SCORES, **options, ranking=GlobalRanking(floor=0.9))
+
+
+@pytest.mark.parametrize("how", ["none", "zscore"])
+def test_a_weight_protects_a_kind_of_negative_values_too(how):
+    """v = w·s of a negative s would fall where it should rise."""
+    scores = {name: values - 0.5 for name, values in SCORES.scores.items()}
+
+    def heads_left(weight):
+        ranking = GlobalRanking(**{**BARE, "standardise": how}, kind_weights={"attention_head": weight})
+        found = plan_pruning(DEPENDENCIES, scores, target_params=0.7, scope="global", ranking=ranking)
+        return sum(found.kept_sizes[f"layers.{i}.attention_head"] for i in range(4))
+
+    assert heads_left(0.01) < heads_left(1) <= heads_left(10)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.5, 0.7, 1e-8])
+def test_equal_scores_are_equal_whatever_their_sum_rounds_to(value):
+    """The mean of 0.7, 96 times, is not 0.7: its deviation is no information."""
+    scores = np.full(96, value)
+    for how in ("zscore", "robust"):
+        assert not _standardise(scores, scores, how).any()
+
+
+def test_robust_where_most_scores_are_alike():
+    """Half of the neurons never fire: the median deviation is 0, and the mean one takes its place."""
+    scores = np.array([0.0] * 6 + [2.0, 4.0, 6.0])
+    np.testing.assert_allclose(_standardise(scores, scores, "robust"), scores / (12 / 9))
+
+
+def test_ties_do_not_hang_on_the_order_of_kinds():
+    zeros = {name: 0 * values for name, values in SCORES.scores.items()}
+    kinds = ("mlp_neuron", "attention_head")
+    one, other = (
+        plan_pruning(DEPENDENCIES, zeros, target_params=0.8, scope="global", kinds=order)
+        for order in (kinds, kinds[::-1])
+    )
+    assert dict(one.removal) == dict(other.removal)
+
+
+def test_a_preset_of_one_kind():
+    assert Preset(kinds="mlp_neuron").kinds == ("mlp_neuron",)

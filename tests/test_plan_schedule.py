@@ -9,6 +9,7 @@ from test_surgery import logits, tiny
 
 from pruner_lib.checkpoint import load_pruned, save_pruned
 from pruner_lib.discovery import discover
+from pruner_lib.discovery.units import depth_units
 from pruner_lib.importance import estimate_importance, score_layers
 from pruner_lib.pruning import GlobalRanking, Preset, plan_pruning, prune, prune_iteratively
 
@@ -335,7 +336,8 @@ def test_the_given_model_is_untouched():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0, "ratio": 0.5}, "steps must be at least 1"),
+        ({"steps": 0, "ratio": 0.5}, "steps must be a whole number of at least 1, not 0"),
+        ({"steps": 2.5, "ratio": 0.5}, "steps must be a whole number of at least 1, not 2.5"),
         ({"ratio": 1.5}, r"ratio 1.5 is outside"),
         ({"ratio": 0.5, "kinds": ("block", "mlp_neuron"), "layers": [1]}, "renumbers the layers"),
         ({"ratio": 0.5, "kinds": ("block", "mlp_neuron"), "protect": 0}, "renumbers the layers"),
@@ -346,3 +348,28 @@ def test_the_given_model_is_untouched():
 def test_refused_before_the_first_step(options, message):
     with pytest.raises(ValueError, match=message):
         prune_iteratively(tiny(), score, **options)
+
+
+@pytest.mark.parametrize("compensate", [None, torch.arange(600).reshape(20, 30) % 61 + 3])
+@pytest.mark.parametrize(
+    "kinds", [("mlp", "hidden_channel"), ("block", "hidden_channel"), ("attention", "mlp_neuron")]
+)
+def test_what_spans_the_layers_is_followed_past_a_dropped_one(kinds, compensate):
+    """Slices that went with a layer say nothing of the rest of their group."""
+    model = tiny("llama", num_hidden_layers=4)
+
+    def random(current, dependencies):
+        generator = torch.Generator().manual_seed(3)
+        units = depth_units(dependencies)
+        sizes = {family.name: family.size for family in dependencies.families} | dict.fromkeys(units, 1)
+        return {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
+
+    ranking = GlobalRanking(standardise="none", floor=dict.fromkeys(("block", "attention", "mlp"), 0.5))
+    options = {"scope": "global", "kinds": kinds, "target_params": 0.45, "ranking": ranking}
+    steps = list(prune_iteratively(model, random, steps=3, compensate=compensate, **options))
+    for step in steps:
+        assert step.total.params_after == sum(p.numel() for p in step.model.parameters())
+    assert steps[-1].total.dropped and any("hidden" in name for name in steps[-1].total.removal) == (
+        "hidden_channel" in kinds
+    )
+    assert steps[-1].total.params_after <= 0.45 * steps[-1].total.params_before

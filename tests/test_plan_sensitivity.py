@@ -158,6 +158,7 @@ def test_plans_of_every_sort_are_drawn():
         ({"ratio": 1.0}, r"outside \(0, 1\)"),
         ({"kinds": "hidden_channel"}, "hidden_channel spans all layers"),
         ({"kinds": "expert"}, "this model has none"),
+        ({"kinds": ("mlp_neuron", "block")}, "layers dropped whole have no share of groups; score_layers"),
     ],
 )
 def test_refusals(options, message):

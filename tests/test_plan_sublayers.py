@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import zoo
 from test_surgery import ARCHITECTURES, cut, generated, logits, tiny, tokens
 from transformers import AutoModelForCausalLM
 
@@ -161,3 +162,10 @@ def test_slots_by_hand():
     assert cache_slots(["", "", "", ""], {1}) == [0, 1, 1, 2]
     assert cache_slots(["full", "sliding", "full", "sliding"], {0}) == [0, 1, 0, 3]
     assert cache_slots(["full", "sliding", "full", "sliding"], {1, 2}) == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("unit", ["layers.0.attention", "layers.1.mlp"])
+def test_an_entry_that_its_code_asks_of_the_whole_model_is_no_way_to_say_it(unit):
+    """MPT reads its longest sequence off the whole configuration: set for one layer, it cannot run."""
+    thinner = prune_layers(zoo.tiny("mpt"), [unit])
+    assert torch.isfinite(logits(thinner)).all()

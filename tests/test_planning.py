@@ -163,6 +163,8 @@ def test_round_to_holds_under_a_target():
         ({"ratio": 0.2, "layers": "4-26"}, r"layers are numbers of layers.*not '4-26'"),
         ({"ratio": 0.2, "protect": [1.0]}, r"protect are numbers of layers.*not \[1.0\]"),
         ({"ratio": 0.2, "round_to": {"neurons": 8}}, "unknown kind 'neurons' in round_to"),
+        ({"ratio": {"expert": 0.5}}, "ratio names expert, but the kinds to prune are attention_head"),
+        ({"ratio": {"query_head": 0.5}, "kinds": "mlp_neuron"}, "ratio names query_head"),
         ({"target_params": 0}, "target_params 0 is no budget"),
         ({"target_params": 10**9}, "above the dense model's"),
         ({"target_params": 0.01}, "out of reach: with one group left in each of the 8 selected families"),
@@ -204,3 +206,23 @@ def test_as_many_experts_stay_as_the_router_chooses():
     scores = {family.name: torch.arange(4.0) for family in families}
     plan = plan_pruning(dependencies, scores, ratio=0.9, kinds="expert")
     assert {groups for groups in plan.removal.values()} == {(0, 1)}
+
+
+def test_limits_hold_for_layers_too():
+    units = {f"layers.{i}": torch.tensor([float(i)]) for i in range(4)}
+    for minimum in (3, {"block": 3}):
+        assert plan_pruning(DEPENDENCIES, units, ratio=0.5, kinds="block", minimum=minimum).dropped == (
+            "layers.0",
+        )
+    by_two = {"ratio": 0.3, "kinds": "block", "round_to": {"block": 2}}
+    assert plan_pruning(DEPENDENCIES, units, **by_two).dropped == ("layers.0", "layers.1")
+    assert len(plan_pruning(DEPENDENCIES, units, ratio=0.5, kinds="block", round_to=8).dropped) == 2
+    with pytest.raises(ValueError, match=r"minimum 5 cannot be met by 'block': there are 4 such units"):
+        plan_pruning(DEPENDENCIES, units, ratio=0.5, kinds="block", minimum={"block": 5})
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.01, 22), (0.1, 22), (0.2, 16), (0.5, 8), (0.9, 8)])
+def test_the_nearest_size_may_be_the_whole_family(ratio, kept):
+    """22 neurons, of which 22, 16 or 8 may stay."""
+    plan = plan_pruning(DEPENDENCIES, SCORES, ratio=ratio, kinds="mlp_neuron", round_to=8)
+    assert {plan.kept_sizes[f"layers.{i}.mlp_neuron"] for i in range(4)} == {kept}

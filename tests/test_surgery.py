@@ -267,6 +267,10 @@ def test_a_plan_for_another_model_is_refused() -> None:
         prune(tiny(intermediate_size=40), plan)
     with pytest.raises(PruningError, match=r"another model: it knows no model\.layers\.3\."):
         prune(tiny(num_hidden_layers=4), plan)
+    stale = tiny()
+    stale.set_attn_implementation("eager")  # scales after the product, where "sdpa" scales before it
+    with pytest.raises(PruningError, match=r"no longer is what discover saw, even uncut: .* Call discover"):
+        prune(stale, plan)
     with pytest.raises(TypeError, match=r"wants a PruningPlan .* not a dict"):
         prune(tiny(), dict(plan.removal))
 

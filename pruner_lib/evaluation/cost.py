@@ -75,9 +75,8 @@ def _run(skeleton: nn.Module, batch_size: int, seq_len: int) -> tuple[int, int |
         return counter.macs, _cache_bytes(getattr(output, "past_key_values", None))
     raise EvaluationError(
         f"{type(skeleton).__name__} could not be run on the meta device, so its multiply-accumulates cannot "
-        "be "
-        f"counted. Tried {'; '.join(failures)}. A forward that branches on values of its data cannot be "
-        "counted"
+        f"be counted. Tried {'; '.join(failures)}. A forward that branches on values of its data "
+        "cannot be counted"
     )
 
 

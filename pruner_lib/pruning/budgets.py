@@ -170,7 +170,9 @@ class Search:
     def _already_met(self, target: int) -> bool:
         """True when nothing has to go; refuses a target that no plan meets."""
         dense, unit = self.dense, _UNIT[self._budget.measure]
-        label = f"target_{self._budget.measure} {target:,}"
+        label, instead = f"target_{self._budget.measure} {target:,}", "larger target"
+        if self._budget.ratio is not None:
+            label, instead = f"ratio {self._budget.ratio}, in the global scope {label},", "smaller ratio"
         if target > dense:
             raise ValueError(
                 f"{label} is above the dense model's {dense:,} {unit}; give fewer, or a share up to 1"
@@ -181,7 +183,7 @@ class Search:
             raise ValueError(
                 f"{label} is out of reach: with {self._smallest()} left in each of the {count} "
                 f"selected families, {least:,} of {dense:,} {unit} remain. "
-                "Choose a larger target, more kinds or layers, or a lower floor or minimum"
+                f"Choose a {instead}, more kinds or layers, or a lower floor or minimum"
             )
         return dense <= target
 

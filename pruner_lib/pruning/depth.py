@@ -59,7 +59,7 @@ def drop_greedily(
         model: a causal language model; comes back as it was.
         dependencies: what ``discover`` found in it.
         batches: token ids ``[N, L]``.
-        count: units to drop.
+        count: units to drop; one inside a layer that goes later counts with that layer.
         unit: as in :func:`score_layers`.
         micro_batch_size: sequences run at once; None for about 2048 tokens.
 
@@ -79,11 +79,10 @@ def drop_greedily(
     pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
     steps: list[DropStep] = []
     with untouched(model), memory_advice(batches):
-        while len(steps) < count:
-            gone = [step.unit for step in steps]
-            left = [name for name in units if not _covered(name, gone)]
+        while len(_apart(gone := [step.unit for step in steps])) < count:
+            left = [name for name in units if _may_go(name, gone, dependencies.num_layers)]
             if not left:
-                raise ValueError(f"only {len(steps)} units can go: what is left lies inside them")
+                raise ValueError(_too_few(gone))
             losses = {name: loss_without(model, units, [*gone, name], pieces) for name in left}
             best = min(losses, key=lambda name: losses[name])
             steps.append(DropStep(best, losses[best]))
@@ -105,9 +104,9 @@ def plan_layers(
     found = discover(model) if dependencies is None else dependencies
     if (drop is None) == (count is None):
         raise ValueError("give either drop, the layers that go, or count, how many; not both")
+    _check("method", method, METHODS)
     if drop is not None:
         return PruningPlan.from_removal(found, {}, dropped=_units_named(drop))
-    _check("method", method, METHODS)
     if batches is None or count is None:
         raise ValueError(
             f"method {method!r} looks at text: give batches, token ids [N, L] (load_calibration)"
@@ -117,8 +116,13 @@ def plan_layers(
         return PruningPlan.from_removal(found, {}, dropped=[step.unit for step in steps])
     scores = score_layers(model, found, batches, unit=unit, measure=method, micro_batch_size=micro_batch_size)
     _check_count(count, len(list(scores)))
-    lowest = sorted(scores, key=lambda name: float(scores[name]))[:count]
-    return PruningPlan.from_removal(found, {}, dropped=lowest)
+    gone: list[str] = []
+    for name in sorted(scores, key=lambda name: float(scores[name])):
+        if len(_apart(gone)) < count and _may_go(name, gone, found.num_layers):
+            gone.append(name)
+    if len(_apart(gone)) < count:
+        raise ValueError(_too_few(gone))
+    return PruningPlan.from_removal(found, {}, dropped=gone)
 
 
 def prune_layers(
@@ -147,7 +151,7 @@ def prune_layers(
     Args:
         model: left as it is.
         drop: numbers of layers, or names of units; or give ``count``.
-        count: how many units go.
+        count: how many units go; one inside a layer that goes, too, counts with that layer.
         batches: token ids ``[N, L]`` that choose them.
         unit: ``"block"``, ``"attention"`` or ``"mlp"``, or several.
         method: ``"influence"``, ``"loss"`` (each alone) or ``"greedy"`` (the loss, one after another).
@@ -197,13 +201,24 @@ def _check(label: str, value: str, valid: Iterable[str]) -> None:
 
 
 def _check_count(count: int, available: int) -> None:
-    if not 0 < count < available:
+    if whole_number(count) is None or not 0 < count < available:
         raise ValueError(
-            f"count {count}: the model has {available} such units and one must stay; "
+            f"count {count!r}: the model has {available} such units and one must stay; "
             f"give 1 to {available - 1}"
         )
 
 
-def _covered(name: str, gone: list[str]) -> bool:
-    """True when a unit has gone, or its layer has."""
-    return name in gone or name.rpartition(".")[0] in gone
+def _apart(units: list[str]) -> list[str]:
+    """Units without those inside layers that go whole."""
+    return [unit for unit in units if unit.rpartition(".")[0] not in units]
+
+
+def _may_go(name: str, gone: list[str], num_layers: int) -> bool:
+    """True unless a unit has gone, or its layer has, or no layer would stay."""
+    layers = sum(unit.count(".") == 1 for unit in gone)
+    last = name.count(".") == 1 and layers == num_layers - 1
+    return name not in gone and name.rpartition(".")[0] not in gone and not last
+
+
+def _too_few(gone: list[str]) -> str:
+    return f"only {len(_apart(gone))} units can go: what is left lies inside them, or no layer would stay"

@@ -83,9 +83,14 @@ def _probe(model: nn.Module, skip: Mapping[str, str]) -> torch.Tensor | None:
 
 
 def _check_same_function(model: nn.Module, expected: torch.Tensor | None) -> None:
-    found = None if expected is None else _probe(model, {})
-    if found is None or expected is None:
+    if expected is None:
         return
+    found = _probe(model, {})
+    if found is None:
+        raise PruningError(
+            f"cannot drop these layers of {type(model).__name__}: it cannot run without them, although it "
+            "runs with them skipped. The model is unchanged"
+        )
     scale = float(expected.abs().max()) or 1.0
     difference = float((found - expected).abs().max())
     if not difference <= 1e-2 * scale:
@@ -108,7 +113,8 @@ def _replace(model: nn.Module, path: str, sublayers: Mapping[str, str]) -> None:
     before = _slots(model, holder)
     for unit, place in sublayers.items():
         parent, _, name = place.rpartition(".")
-        empty = NoSublayer(model.get_submodule(place), unit.rpartition(".")[2], values[place])
+        whole = model.get_submodule(place)
+        empty = NoSublayer(whole, unit.rpartition(".")[2], values[place]).train(whole.training)
         setattr(model.get_submodule(parent), name, empty)
     for old, new, layer in zip(before, _slots(model, holder), holder.children(), strict=True):
         renumber(layer, old, new)
@@ -150,6 +156,7 @@ def remove_layers(model: nn.Module, layers: Mapping[int, str]) -> None:
     left = [holder.get_submodule(str(layer)) for layer in kept]
     owner, _, name = parent.rpartition(".")
     shorter = type(holder)(left) if _is_list(holder) else type(holder)(*left)
+    shorter.training = holder.training
     setattr(model.get_submodule(owner), name, shorter)
     seen: dict[int, PreTrainedConfig] = {}
     for module in model.modules():

@@ -34,6 +34,7 @@ class Ladder:
         scores: of each in that order.
         step: the kept number is a multiple of this.
         least: the fewest that may stay.
+        floor: the fewest that one ranking may leave; a ratio does not know it.
         units: names of the units, for a ladder of layers; empty for a family.
     """
 
@@ -44,6 +45,7 @@ class Ladder:
     scores: np.ndarray
     step: int = 1
     least: int = 1
+    floor: int = 1
     units: tuple[str, ...] = ()
 
     @property
@@ -53,16 +55,19 @@ class Ladder:
 
     @property
     def lowest(self) -> int:
-        """The fewest groups that may stay, the step considered."""
-        return min(self.size, math.ceil(max(self.least, self.step) / self.step) * self.step)
+        """The fewest groups that may stay, step and floor considered."""
+        return self._in_steps(max(self.least, self.floor))
+
+    def _in_steps(self, least: int) -> int:
+        return min(self.size, math.ceil(max(least, self.step) / self.step) * self.step)
 
     def count(self, ratio: float) -> int:
-        """Groups to remove at a ratio: the kept number is the nearest multiple of the step."""
-        if ratio == 0:
-            return 0
+        """Groups to remove at a ratio: what is kept is the nearest multiple of the step, or all of them."""
+        wanted, lowest = self.size - ratio * self.size, self._in_steps(self.least)
         # 1e-9: 0.1 · 5 must count as a half although (1 - 0.1) · 5 is not quite 4.5.
-        kept = self.step * math.ceil((self.size - ratio * self.size) / self.step - 0.5 - 1e-9)
-        return self.size - min(max(kept, self.lowest), max(self.size // self.step * self.step, self.lowest))
+        kept = self.step * math.ceil(wanted / self.step - 0.5 - 1e-9)
+        kept = min(max(kept, lowest), max(self.size // self.step * self.step, lowest))
+        return 0 if self.size - wanted < wanted - kept - 1e-9 else self.size - kept
 
     def next_count(self, count: int) -> int:
         """The next larger number of groups that may go, or the same one if none may."""
@@ -189,17 +194,18 @@ def family_ladder(family: GroupFamily, scores: Scores, limits: Limits) -> Ladder
     return Ladder(family.name, family.kind, family.size, order, values[order], step, least)
 
 
-def depth_ladder(kind: str, units: Iterable[str], scores: Scores) -> Ladder:
+def depth_ladder(kind: str, units: Iterable[str], scores: Scores, limits: Limits) -> Ladder:
     """The ladder of all units of depth of a kind: lowest scores first, ties by layer.
 
     Raises:
-        ValueError: scores that are missing, not one per unit, or not finite.
+        ValueError: scores that are missing, not one per unit, or not finite; a limit that cannot be met.
     """
     names = tuple(units)
     hint = f"score_layers(…, unit={kind!r}); to prune inside it use 'attention_head' or 'mlp_neuron'"
     values = np.array([_values(name, 1, scores, "unit of depth", hint)[0] for name in names])
     order = np.argsort(values, kind="stable")
-    return Ladder(kind, kind, len(names), order, values[order], units=names)
+    step, least = limits.of_units(kind, len(names))
+    return Ladder(kind, kind, len(names), order, values[order], step, least, units=names)
 
 
 def _values(

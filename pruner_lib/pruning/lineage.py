@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,14 +95,21 @@ class Lineage:
         }
 
     def _gone(self, dense: GroupFamily) -> np.ndarray:
-        """Groups of which nothing is left."""
-        gone = np.ones(dense.size, dtype=bool)
-        for piece in dense.slices:
+        """Groups of which nothing is left outside of what was dropped whole."""
+        inside = self._inside_dropped
+        pieces = [piece for piece in dense.slices if not (inside and piece.parameter.startswith(inside))]
+        gone = np.full(dense.size, bool(pieces))
+        for piece in pieces:
             kept = self.kept.get((piece.parameter, piece.dim))
             if kept is None:
                 return np.zeros(0, dtype=np.int64)
             gone &= ~np.isin(piece.index, kept).reshape(dense.size, -1).any(axis=1)
         return np.flatnonzero(gone)
+
+    @cached_property
+    def _inside_dropped(self) -> tuple[str, ...]:
+        units = depth_units(self.dense) if self.dropped else {}
+        return tuple(f"{units[unit]}." for unit in self.dropped)
 
     def _dense_name(self, parameter: str) -> str:
         """Name in the dense model of a parameter of the model that is left."""

@@ -320,6 +320,17 @@ def _read(path: Path) -> dict[str, Any]:
     missing = {"families", "removal", "params_before"} - set(document)
     if missing:
         raise ValueError(f"{path} is not a whole pruning plan: {', '.join(sorted(missing))} missing")
+    removal, dropped = document["removal"], document.get("dropped", [])
+    lists = [dropped, *(removal.values() if isinstance(removal, dict) else ())]
+    if (
+        not all(isinstance(document[name], dict) for name in ("families", "removal"))
+        or not all(isinstance(found, list) for found in lists)
+        or not all(isinstance(unit, str) for unit in dropped)
+    ):
+        raise ValueError(
+            f"{path} is no pruning plan as PruningPlan.save writes it: families and removal are objects, the "
+            "groups of each family a list, and dropped a list of names"
+        )
     return document
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from pruner_lib.discovery.families import KINDS
 from pruner_lib.discovery.units import UNITS, units_of_kind
 from pruner_lib.importance.scores import ImportanceScores
 from pruner_lib.pruning.budgets import Budget, Search
@@ -83,8 +84,9 @@ def plan_pruning(
         layers: decoder layers, counted from 0; None for all families of the kinds.
         kinds: which kinds to prune; if not given, ``("attention_head", "mlp_neuron")``.
         round_to: the groups left in a family that loses any are a multiple of this; a number for
-            all kinds, or a number per kind.
-        minimum: the fewest groups that stay in a family; a number for all kinds, or per kind.
+            all kinds of groups, or a number per kind.
+        minimum: the fewest groups that stay in a family, and layers of those that may go; a number for all
+            kinds, or per kind.
         protect: layers that are left alone.
         uniform: every layer keeps the same width, so that plain ``from_pretrained`` opens the result.
         ranking: for the global scope.
@@ -94,10 +96,11 @@ def plan_pruning(
         The plan; nothing is cut yet.
 
     Raises:
-        ValueError: none or several of ratio and targets, or one out of its range; an unknown scope,
-            kind, layer or preset; a kind that this model has not, or only blocked; a ``round_to`` or
-            ``minimum`` that cannot be met; ``uniform`` with only some of the layers; missing or
-            unusable scores; a target that cannot be reached.
+        ValueError: none or several of ratio and targets, or one out of its range, or a ratio for a kind
+            that is not pruned; an unknown scope, kind, layer or preset; a kind that this model has not, or
+            only blocked; a ``round_to`` or ``minimum`` that cannot be met; ``uniform`` with only some of
+            the layers; missing or unusable scores; a target that cannot be reached, or, in the global
+            scope, a ratio below the floors.
         PruningError: ``target_macs`` for a model that cannot be traced.
 
     Source: local ratios, LLM-Pruner, arXiv 2305.11627, section 3.3.
@@ -105,6 +108,7 @@ def plan_pruning(
     _check_given(dependencies, scores)
     chosen = resolved(preset, scope, kinds, ranking)
     budget = Budget.of(ratio, params=target_params, macs=target_macs, weight_bytes=target_bytes)
+    _check_ratio_kinds(ratio, chosen.kinds)
     places = chosen_layers(dependencies, layers, protect)
     if uniform and places is not None:
         raise ValueError(
@@ -132,6 +136,16 @@ def _check_given(dependencies: object, scores: object) -> None:
         )
 
 
+def _check_ratio_kinds(ratio: float | Mapping[str, float] | None, kinds: Iterable[str]) -> None:
+    """Refuse a ratio for a kind that would not be pruned."""
+    others = [kind for kind in ratio if kind not in kinds] if isinstance(ratio, Mapping) else []
+    if others:
+        raise ValueError(
+            f"ratio names {', '.join(others)}, but the kinds to prune are {', '.join(kinds)}; name the same "
+            "in kinds="
+        )
+
+
 def resolved(
     preset: str | Preset | None,
     scope: str | None,
@@ -142,11 +156,9 @@ def resolved(
     if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; valid are {', '.join(PRESETS)}")
     base = PRESETS[preset] if isinstance(preset, str) else preset or Preset()
-    if kinds is not None:
-        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     chosen = Preset(
         scope=base.scope if scope is None else scope,
-        kinds=base.kinds if kinds is None else kinds,
+        kinds=base.kinds if kinds is None else kinds,  # type: ignore[arg-type]
         ranking=base.ranking if ranking is None else ranking,
     )
     if chosen.scope not in SCOPES:
@@ -168,14 +180,15 @@ def ladders_of(
         ValueError: a kind that is unknown or not there, unusable scores, a limit that cannot be met.
     """
     ladders: list[Ladder] = []
-    for kind in dict.fromkeys(known(chosen.kinds, "kinds")):
+    known(chosen.kinds, "kinds")
+    for kind in (kind for kind in (*KINDS, *UNITS) if kind in chosen.kinds):  # ties never hang on their order
         if kind in UNITS:
-            ladders.append(depth_ladder(kind, units_of_kind(dependencies, kind, layers), scores))
+            ladders.append(depth_ladder(kind, units_of_kind(dependencies, kind, layers), scores, limits))
         else:
             families = families_of_kind(dependencies, kind, layers)
             ladders += [family_ladder(family, scores, limits) for family in families]
     if chosen.scope == "global":
-        ladders = [dataclasses.replace(ladder, least=chosen.ranking.least(ladder)) for ladder in ladders]
+        ladders = [dataclasses.replace(ladder, floor=chosen.ranking.least(ladder)) for ladder in ladders]
     return ladders
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from pruner_lib.pruning.ranking import GlobalRanking
 
@@ -15,13 +16,17 @@ class Preset:
 
     Attributes:
         scope: ``"local"`` or ``"global"``.
-        kinds: which kinds to prune.
+        kinds: which kinds to prune, one name or several.
         ranking: how the global scope compares them.
     """
 
     scope: str = "local"
     kinds: tuple[str, ...] = ("attention_head", "mlp_neuron")
     ranking: GlobalRanking = field(default_factory=GlobalRanking)
+
+    def __post_init__(self) -> None:
+        given: Any = self.kinds
+        object.__setattr__(self, "kinds", (given,) if isinstance(given, str) else tuple(given))
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(

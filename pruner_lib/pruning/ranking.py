@@ -10,11 +10,12 @@ from types import MappingProxyType
 import numpy as np
 
 from pruner_lib.pruning.ladders import Column, Ladder, Steps, sorted_steps
-from pruner_lib.pruning.selection import known
+from pruner_lib.pruning.selection import is_number, known
 
 STANDARDISE = ("none", "mean", "max", "sum", "rms", "zscore", "robust", "rank")
 OVER = ("family", "kind")
 WEIGH = ("none", "params", "macs", "bytes")
+_ROUNDING = 1e-12  # of the largest score: a deviation below it is none
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class GlobalRanking:
         zscore (s − mean S) / std S        robust (s − median S) / MAD S
         rank   (number of S below s, plus half the number equal) / \|S\|
 
-    ``zscore`` and ``robust`` can be negative; before they are divided by a cost, all are shifted so that
-    the lowest is 0. c_i is what the dense model saves when only this group goes. A group of several
-    heads (query heads, one from each KV head; ``round_to``) has the sum of its scores and of its costs.
+    where MAD is the median absolute deviation, or, should that be 0 (more than half of S are alike), the
+    mean one. Scores that differ by rounding alone count as equal. Where a standardised score is negative,
+    all are shifted so that the lowest is 0 before they are weighed. c_i is what the dense model saves when
+    only this group goes. A group of several heads (query heads, one from each KV head; ``round_to``) has
+    the sum of its scores and of its costs.
 
     Example:
         >>> ranking = GlobalRanking(standardise="none", weigh="params", floor={"mlp_neuron": 0.3})
@@ -77,12 +80,12 @@ class GlobalRanking:
             object.__setattr__(self, "floor", MappingProxyType(dict(self.floor)))
         floors = self.floor if isinstance(self.floor, Mapping) else {"": self.floor}
         for kind, floor in floors.items():
-            if not 0 <= floor <= 1:
+            if not is_number(floor) or not 0 <= floor <= 1:
                 where = f" of {kind}" if kind else ""
-                raise ValueError(f"floor {floor}{where} is outside [0, 1]: it is the share of groups kept")
+                raise ValueError(f"floor {floor!r}{where} is outside [0, 1]: it is the share of groups kept")
         for kind, weight in self.kind_weights.items():
-            if not 0 < weight < math.inf:
-                raise ValueError(f"the weight of {kind} must be positive, not {weight}")
+            if not is_number(weight) or not 0 < weight < math.inf:
+                raise ValueError(f"the weight of {kind} must be positive, not {weight!r}")
         known(tuple(floors) if isinstance(self.floor, Mapping) else ("block",), "floor")
         known(tuple(self.kind_weights) or ("block",), "kind_weights")
         object.__setattr__(self, "kind_weights", MappingProxyType(dict(self.kind_weights)))
@@ -90,7 +93,7 @@ class GlobalRanking:
     def least(self, ladder: Ladder) -> int:
         """The fewest groups that the floor leaves a ladder."""
         share = self.floor.get(ladder.kind, 0.0) if isinstance(self.floor, Mapping) else self.floor
-        return max(ladder.least, math.ceil(share * ladder.size - 1e-9))
+        return math.ceil(share * ladder.size - 1e-9)
 
 
 def ranked_steps(columns: Sequence[Column], ranking: GlobalRanking, prices: Sequence[float]) -> Steps:
@@ -102,8 +105,7 @@ def ranked_steps(columns: Sequence[Column], ranking: GlobalRanking, prices: Sequ
         prices: what one group of each column costs.
     """
     standard = _standardised(columns, ranking)
-    lowest = min(float(values.min()) for values in standard.values())
-    shift = lowest if ranking.weigh != "none" and lowest < 0 else 0.0
+    shift = min(0.0, *(float(values.min()) for values in standard.values()))
     values, after = [], []
     for column, price in zip(columns, prices, strict=True):
         stops = column.first.stops(0)
@@ -144,6 +146,7 @@ def _standardise(scores: np.ndarray, pool: np.ndarray, how: str) -> np.ndarray:
         "sum": lambda: np.abs(pool).sum(),
         "rms": lambda: np.sqrt((pool**2).mean()),
         "zscore": lambda: pool.std(),
-        "robust": lambda: np.median(np.abs(pool - middle)),
+        "robust": lambda: np.median(np.abs(pool - middle)) or np.abs(pool - middle).mean(),
     }[how]()
-    return (scores - middle) / scale if scale > 0 else scores - middle
+    rounding = 0.0 if how == "none" else _ROUNDING * np.abs(pool).max()
+    return (scores - middle) / scale if scale > rounding else np.zeros_like(scores)

@@ -14,6 +14,7 @@ from pruner_lib.discovery.units import UNITS, whole_number
 from pruner_lib.pruning.budgets import Budget, Search
 from pruner_lib.pruning.compensation import Compensation
 from pruner_lib.pruning.compensation.compensate import as_settings
+from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.ladders import Ladder, Scores, columns_of, depth_ladder, family_ladder
 from pruner_lib.pruning.lineage import Lineage
 from pruner_lib.pruning.plan import PruningPlan
@@ -107,8 +108,8 @@ def prune_iteratively(
 
     Source: iterative pruning, Molchanov et al. (arXiv 1611.06440), section 2.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+    if whole_number(steps) is None or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
     if between is not None and compensate is not None:
         raise ValueError(
             "give between or compensate: a compensated step begins from the dense model again, and what "
@@ -186,9 +187,20 @@ def _steps(
             scores = score(current, dependencies)
         plan = _next_plan(first, lineage, dependencies, scores, number / steps)
         lineage = lineage.after(plan)
-        total = lineage.total(first.chosen.kinds)
+        total = _agreeing(lineage.total(first.chosen.kinds), plan)
         current = prune(current, plan) if settings is None else prune(model, total, compensate=settings)
         yield PruningStep(number, steps, plan, scores, current, total)
+
+
+def _agreeing(total: PruningPlan, last: PruningPlan) -> PruningPlan:
+    """``total``, the plan for the dense model; refuses one that would not end where the last step does."""
+    if total.params_after != last.params_after:
+        raise PruningError(
+            f"the steps so far leave {last.params_after:,} parameters, the same cuts at once would leave "
+            f"{total.params_after:,}: what went could not be followed back to the dense model. Prune it in "
+            "one step with plan_pruning and prune"
+        )
+    return total
 
 
 def _still_the_same(given: nn.Module, returned: nn.Module) -> nn.Module:
@@ -257,7 +269,8 @@ def _ladders_left(
         if dense.units:
             left = [units[unit] for unit in dense.units if unit in units]
             if left:
-                ladders.append(replace(depth_ladder(dense.kind, left, scores), least=dense.least))
+                ladder = depth_ladder(dense.kind, left, scores, Limits())
+                ladders.append(replace(ladder, step=dense.step, least=dense.lowest))
         elif dense.name in families and families[dense.name].cuttable:
             family = families[dense.name]
             whole, now = _parts(first.dependencies.family(dense.name)), _parts(family)

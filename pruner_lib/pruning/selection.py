@@ -44,14 +44,27 @@ class Limits:
         wanted, least = _of(self.round_to, family.kind), _of(self.minimum, family.kind)
         parts = 1 if family.partition is None else len(np.unique(family.partition))
         step = math.lcm(wanted, parts)
-        for label, number, value in (("round_to", step, wanted), ("minimum", least, least)):
-            if number > family.size:
-                raise ValueError(
-                    f"{label} {value} cannot be met by {family.name}: it has {family.size} groups"
-                    + (f" in {parts} equal parts" if parts > 1 else "")
-                    + f". Give a number per kind, for example {label}={{'mlp_neuron': {value}}}"
-                )
+        of = f"{family.name}: it has {family.size} groups" + (f" in {parts} equal parts" if parts > 1 else "")
+        _check_size("round_to", wanted, step, family.size, of)
+        _check_size("minimum", least, least, family.size, of)
         return step, max(least, family.at_least)  # a router chooses so many experts for every token
+
+    def of_units(self, kind: str, count: int) -> tuple[int, int]:
+        """``(step, least)`` of layers dropped whole; a plain ``round_to`` aligns widths and is not theirs."""
+        step = self.round_to.get(kind, 1) if isinstance(self.round_to, Mapping) else 1
+        least, of = _of(self.minimum, kind), f"{kind!r}: there are {count} such units"
+        _check_size("round_to", step, step, count, of)
+        _check_size("minimum", least, least, count, of)
+        return step, least
+
+
+def _check_size(label: str, asked: int, needed: int, size: int, of: str) -> None:
+    """Refuse a limit that keeps more than there is."""
+    if needed > size:
+        raise ValueError(
+            f"{label} {asked} cannot be met by {of}. Give a number per kind, for example "
+            f"{label}={{'mlp_neuron': {asked}}}"
+        )
 
 
 def is_number(value: object, sort: type = Real) -> bool:

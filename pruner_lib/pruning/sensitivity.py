@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pruner_lib.assets.files import write_whole
 from pruner_lib.discovery import DependencyMap
+from pruner_lib.discovery.units import UNITS
 from pruner_lib.discovery.zeroing import zeroed_in_place
 from pruner_lib.importance.calibration import (
     check_batches,
@@ -178,8 +179,8 @@ def scan_sensitivity(
         Perplexity per layer, with a proposal.
 
     Raises:
-        ValueError: a ratio outside (0, 1), unusable batches, kinds without families in any layer,
-            missing scores.
+        ValueError: a ratio outside (0, 1), unusable batches, kinds without families in any layer or of
+            layers dropped whole, missing scores.
         FloatingPointError: a loss that is NaN or infinite.
         MemoryError: the device ran out of memory.
 
@@ -189,6 +190,11 @@ def scan_sensitivity(
     if not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio} is outside (0, 1): it is the share of each layer's groups that go")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if set(kinds) & set(UNITS):
+        raise ValueError(
+            f"kinds {', '.join(kinds)}: layers dropped whole have no share of groups; score_layers says how "
+            "much each of them matters"
+        )
     batches = check_batches(model, batches)
     pieces = micro_batches(batches, default_size(batches) if micro_batch_size is None else micro_batch_size)
     plan = plan_pruning(dependencies, scores, ratio=ratio, kinds=kinds)

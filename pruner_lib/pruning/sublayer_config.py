@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -50,7 +51,9 @@ def say_sublayers(model: nn.Module, path: str) -> bool:
         if config is None:
             continue
         built = build_empty(type(model), _like(config, model.config))
-        if built is not None and same_modules(built, model) and not _opens_plainly(model, config):
+        if built is None or not same_modules(built, model) or _opens_plainly(model, config):
+            continue
+        if _runs(built):
             _adopt(model, built)
             return True
     return False
@@ -111,6 +114,20 @@ def _opens_plainly(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     vars(plain).pop(MARK, None)
     read = saved_and_read(plain)
     return read is not None and build_empty(type(model), read) is not None
+
+
+def _runs(built: nn.Module) -> bool:
+    """True when a model without weights can be run: a value of one layer may be asked of the whole model."""
+    from pruner_lib.discovery.tracing import default_inputs
+
+    for inputs in default_inputs(built):
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                built(**inputs)
+        except Exception:  # the model's own code fails in its own way; the next call may do
+            continue
+        return True
+    return False
 
 
 def same_modules(built: nn.Module, model: nn.Module) -> bool:

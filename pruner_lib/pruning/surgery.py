@@ -16,7 +16,7 @@ from pruner_lib.pruning.in_turn import kinds_in_turn, prune_in_turn
 from pruner_lib.pruning.plan import PruningPlan
 from pruner_lib.pruning.ratios import profiles
 from pruner_lib.pruning.slicing import meta_copy, sliced_copy, sliced_meta_copy
-from pruner_lib.pruning.verification import find_difference
+from pruner_lib.pruning.verification import changed_numbers, find_difference
 
 
 def prune(
@@ -99,15 +99,27 @@ def _check_same_model(model: nn.Module, plan: PruningPlan) -> None:
             f"the plan is for another model: it knows no {unknown[0]}, which this model has; call discover "
             "and plan_pruning on the model that is cut"
         )
+    optional = {*plan.dependencies.aliases, *plan.dependencies.buffers} - set(plan.parameters)
     for parameter, expected in plan.dependencies.shapes.items():
         if shapes.get(parameter, expected) != tuple(expected) or (
-            parameter not in shapes and parameter in plan.parameters
+            parameter not in shapes and parameter not in optional
         ):
             found = shapes.get(parameter, "no such parameter")
             raise PruningError(
                 f"the plan is for another model: it expects {parameter} of shape {tuple(expected)}, "
                 f"this model has {found}; call discover and plan_pruning on the model that is cut"
             )
+
+
+def _check_as_discovered(model: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a model whose code does something else, uncut, than when it was discovered."""
+    changed = changed_numbers(meta_copy(model), plan.dependencies)
+    if changed is not None:
+        raise PruningError(
+            f"this {type(model).__name__} no longer is what discover saw, even uncut: {changed}. Another "
+            "attention implementation does that, for one. Call discover and plan_pruning again; scores of "
+            "families that are still there may be used. The model is unchanged"
+        )
 
 
 def _search_attributes(model: nn.Module, plan: PruningPlan) -> Assignment:
@@ -126,6 +138,7 @@ def _search_attributes(model: nn.Module, plan: PruningPlan) -> Assignment:
 
     assignment = find_assignment(empty, profiles(plan, num_layers), num_layers, confirm)
     if assignment is None:
+        _check_as_discovered(model, plan)
         kinds = sorted({plan.dependencies.family(name).kind for name in plan.removal})
         raise PruningError(
             f"cannot cut {', '.join(kinds)} of {type(model).__name__}: its code keeps sizes that did not "

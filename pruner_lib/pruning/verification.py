@@ -78,11 +78,9 @@ def _difference(
         found = discover(model, example_inputs=plan.dependencies._inputs)
     except DiscoveryError as error:
         return f"it does not run ({' '.join(str(error.__cause__ or error).split())[:200]})"
-    moved = factors ^ set(found.factors)
-    if moved:
-        module, operator, number = sorted(moved)[0]
-        where = module or "the model"
-        return f"a number in its code moved with the cut ({operator} with {number:.6g} in {where})"
+    moved = _moved(factors, found)
+    if moved is not None:
+        return f"a number in its code moved with the cut ({moved})"
     by_place = _by_place(found)
     for name, expected in promised.items():
         if expected and not _is_found(expected, by_place):
@@ -93,6 +91,26 @@ def _difference(
                 f"discovery finds {sizes or 'no'} groups there"
             )
     return None
+
+
+def changed_numbers(model: nn.Module, dependencies: DependencyMap) -> str | None:
+    """What differs between the numbers in a model's code and those that were discovered; None for nothing."""
+    from pruner_lib.discovery import DiscoveryError, discover
+
+    try:
+        found = discover(model, example_inputs=dependencies._inputs)
+    except DiscoveryError as error:
+        return f"it does not run ({error})"
+    return _moved(set(dependencies.factors), found)
+
+
+def _moved(factors: set[Any], found: DependencyMap) -> str | None:
+    """The first number that only one of both has, in words."""
+    moved = factors ^ set(found.factors)
+    if not moved:
+        return None
+    module, operator, number = sorted(moved)[0]
+    return f"{operator} with {number:.6g} in {module or 'the model'}"
 
 
 def _is_found(expected: Tables, by_place: Mapping[Place, list[Tables]]) -> bool:
