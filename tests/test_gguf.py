@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pruner_lib.checkpoint import CheckpointError, LlamaCpp, export_gguf, gguf_export, measure_gguf
-from pruner_lib.checkpoint.gguf_layout import interleaved
+from pruner_lib.checkpoint.gguf_layout import describe, interleaved
 from pruner_lib.discovery import discover
 from pruner_lib.evaluation import perplexity
 from pruner_lib.pruning import PruningPlan, prune
@@ -187,13 +187,111 @@ def test_rows_of_a_head_in_the_other_order() -> None:
         ),
         (lambda: pruned({"hidden_channel": [0, 1]}, "gemma"), "embedding scale of 8.0 with 62 residual"),
         (lambda: tiny().to("meta"), "meta device"),
+        (lambda: tiny("qwen3", rope_parameters=LLAMA3), "frequencies of type 'llama3'.*base alone"),
+        (lambda: tiny("qwen3", attention_bias=True), r"qwen3 has no place for .*q_proj\.bias"),
+        (lambda: tiny("gemma", attention_bias=True), r"gemma has no place for .*q_proj\.bias"),
+        (lambda: tiny("gemma", use_bidirectional_attention=True), "attention in both directions"),
+        (lambda: tiny(is_causal=False), "attention in both directions"),
+        (lambda: tiny(rope_parameters=None).model, "LlamaModel to GGUF: it has no output head"),
+        (lambda: without_mlps(tiny("qwen3")), "its layers have no MLP, which llama.cpp's qwen3 cannot"),
     ],
-    ids=["architecture", "layers", "window", "activation", "positions", "embedding", "meta"],
+    ids=["architecture", "layers", "window", "activation", "positions", "embedding", "meta", "frequencies",
+         "qwen3 biases", "gemma biases", "both directions", "not causal", "no head", "no MLP"],
 )  # fmt: skip
 def test_what_gguf_cannot_say_is_refused(model: Any, words: str, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words):
         export_gguf(model(), tokenizer, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def without_mlps(model: PreTrainedModel) -> PreTrainedModel:
+    for layer in model.model.layers:
+        layer.mlp = NoMlp()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("changes", [{}, {"rope_parameters": LLAMA3}], ids=["default", "llama3"])
+def test_a_cast_model_has_no_frequencies_of_its_own(kind: str, changes: dict[str, Any]) -> None:
+    """Casting rounds the table of frequencies, too; a checkpoint never holds it."""
+    if changes and kind != "llama":
+        return
+    expected = describe(tiny(kind, **changes)).rope_factors
+    for dtype in (torch.bfloat16, torch.float16):
+        found = describe(tiny(kind, **changes).to(dtype)).rope_factors
+        assert found is expected is None or torch.equal(found, expected)
+
+
+def test_frequencies_without_a_table_are_the_configuration_s() -> None:
+    with torch.device("meta"):
+        empty = tiny(rope_parameters=LLAMA3)
+    assert torch.equal(describe(empty).rope_factors, describe(tiny(rope_parameters=LLAMA3)).rope_factors)
+
+
+def change(model: PreTrainedModel, what: str) -> PreTrainedModel:
+    layer = model.model.layers[1]
+    match what:
+        case "epsilon":
+            layer.input_layernorm.variance_epsilon = 0.5
+        case "activation":
+            layer.mlp.act_fn = nn.Tanh()
+        case "head bias":
+            model.lm_head = nn.Linear(64, 300, bias=True)
+        case "quantised head":
+            model.lm_head = Packed(model.lm_head)
+        case "quantised attention":
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+        case "quantised up":
+            layer.mlp.up_proj = Packed(layer.mlp.up_proj)
+        case "codes":
+            codes = torch.ones(96, 64, dtype=torch.int8)
+            layer.mlp.up_proj.weight = nn.Parameter(codes, requires_grad=False)
+    return model
+
+
+class Packed(nn.Module):
+    """A linear layer that keeps its weight as quantised modules do: under no name that one could know."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("codes", linear.weight.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.codes)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("epsilon", r"the norms add 1e-06, 0\.5 to the variance"),
+        ("activation", "another function in a layer's act_fn than 'silu'"),
+        ("head bias", r"no place for lm_head\.bias"),
+        ("quantised head", r"no parameter for output\.weight; a quantised module"),
+        ("quantised attention", r"self_attn\.q_proj of a layer is a Packed without a weight"),
+        ("quantised up", r"no parameter for blk\.1\.ffn_up\.weight"),
+        ("codes", r"up_proj\.weight holds torch\.int8"),
+    ],
+)
+def test_what_was_changed_in_memory_is_seen(what: str, words: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Each of these gave a file that says something else, or that llama.cpp cannot open."""
+    with pytest.raises(CheckpointError, match=words):
+        export_gguf(change(tiny(), what), tokenizer, tmp_path / "new" / "deep" / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_any_attention(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn = NoAttention()
+    path = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
+    expected = float(perplexity(model, None, WINDOWS, seq_len=12))
+    assert LlamaCpp(path).perplexity(WINDOWS) == pytest.approx(expected, rel=2e-6)
+
+
+def test_a_folder_is_no_file(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder; give the name of the file"):
+        export_gguf(tiny(), tokenizer, tmp_path)
 
 
 def test_a_softmax_scale_of_its_own_is_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -221,7 +319,7 @@ def test_values_that_cannot_be_stored(value: float, words: str, tokenizer: Any, 
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(CheckpointError, match=words):
-        export_gguf(model, tokenizer, tmp_path / "model.gguf")
+        export_gguf(model, tokenizer, tmp_path / "new" / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
 

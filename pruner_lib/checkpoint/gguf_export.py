@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pruner_lib.checkpoint.errors import CheckpointError
 from pruner_lib.checkpoint.gguf_layout import LayerWidths, Layout, describe, interleaved
 from pruner_lib.checkpoint.gguf_tokenizer import read_vocabulary
 
+_ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+_MLP = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 _SMALLEST_MLP = 32  # neurons, all zero, where llama.cpp needs an MLP and the model has none
 _FILE_TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -47,29 +50,36 @@ def export_gguf(
 
     Args:
         model: a causal language model of the type llama, mistral, qwen2, qwen3 or gemma; not changed.
-        tokenizer: its fast tokenizer, of the byte-level BPE kind.
+        tokenizer: its fast tokenizer, byte-level BPE or SentencePiece's BPE.
         path: the file, replaced whole or not at all.
         dtype: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
 
     Returns:
         The path.
 
+    Warns:
+        UserWarning: texts of a kind that llama.cpp splits into other tokens, with the reason.
+
     Raises:
         CheckpointError: something in the model or tokenizer that GGUF cannot express, a weight that is
-            not finite or overflows f16, an unknown dtype. Nothing is written.
+            not finite or overflows f16, an unknown dtype, a folder as path. Nothing is written.
         OSError: the disk is full or not writable; what was at ``path`` is still whole.
     """
-    if dtype not in _FILE_TYPES:
+    if not isinstance(dtype, str) or dtype not in _FILE_TYPES:
         raise CheckpointError(f"unknown GGUF dtype {dtype!r}; give one of {', '.join(_FILE_TYPES)}")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise CheckpointError("cannot export a model on the meta device: it has shapes but no weights")
+    target = Path(os.fsdecode(path))
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; give the name of the file, such as {target}/model.gguf")
     layout = describe(model)
-    vocabulary = read_vocabulary(tokenizer, layout.vocabulary)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            "cannot export a model with weights on the meta device: they were never loaded, or accelerate "
+            "keeps them elsewhere (offloading). Load the model whole, onto the CPU for instance"
+        )
+    vocabulary = read_vocabulary(tokenizer, layout.vocabulary, end=_end_of_text(model))
     tensors = _named_tensors(model, layout)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(None, layout.architecture)
-    with whole_file(target) as temporary:
+    with _folder_of(target), whole_file(target) as temporary:
+        writer = gguf.GGUFWriter(None, layout.architecture)
         try:
             _add_fields(writer, layout, model, dtype)
             vocabulary.write(writer)
@@ -78,6 +88,29 @@ def export_gguf(
             _close_quietly(writer)
             raise
     return target
+
+
+@contextmanager
+def _folder_of(target: Path) -> Iterator[None]:
+    """The folder of a file, made when missing, and gone again when the file did not come about."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else put a file there
+                folder.rmdir()
+        raise
+
+
+def _end_of_text(model: PreTrainedModel) -> int | None:
+    """The token at which the model itself stops, for a tokenizer that has none."""
+    for settings in (model.generation_config, model.config):
+        found = getattr(settings, "eos_token_id", None)
+        if found is not None:
+            return int(found[0] if isinstance(found, list | tuple) else found)
+    return None
 
 
 def _add_fields(writer: gguf.GGUFWriter, layout: Layout, model: PreTrainedModel, dtype: str) -> None:
@@ -121,7 +154,8 @@ def _named_tensors(model: PreTrainedModel, layout: Layout) -> dict[str, torch.Te
     """GGUF name to tensor, in the order of the model.
 
     Raises:
-        CheckpointError: a weight that the architecture has no name for.
+        CheckpointError: a weight that the architecture has no name for, is missing, or holds no
+            floating-point numbers.
     """
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == layout.architecture)
     names = gguf.get_tensor_name_map(architecture, len(layout.layers))
@@ -132,10 +166,15 @@ def _named_tensors(model: PreTrainedModel, layout: Layout) -> dict[str, torch.Te
         if _belongs_to_missing_sublayer(source, layout):
             continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if name is None:
+        if name is None or (name.endswith(".bias") and not _may_have_bias(name, layout)):
             raise CheckpointError(
                 f"cannot export to GGUF: llama.cpp's {layout.architecture} has no place for {source} "
                 f"of shape {tuple(parameter.shape)}"
+            )
+        if not parameter.is_floating_point():
+            raise CheckpointError(
+                f"cannot export to GGUF: {source} holds {parameter.dtype}, codes of a quantised model. "
+                "Export the model before it is quantised"
             )
         found[name] = parameter.detach()
     for index, (real, written) in enumerate(zip(layout.layers, _written(layout), strict=True)):
@@ -143,7 +182,28 @@ def _named_tensors(model: PreTrainedModel, layout: Layout) -> dict[str, torch.Te
             found |= _zero_attention(index, layout)
         if real.neurons != written.neurons:
             found |= _zero_mlp(index, layout.hidden)
+    missing = sorted(_required(layout) - set(found))
+    if missing:
+        raise CheckpointError(
+            f"cannot export to GGUF: the model has no parameter for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}; a quantised module keeps it elsewhere. Export the "
+            "model before it is quantised"
+        )
     return found
+
+
+def _may_have_bias(name: str, layout: Layout) -> bool:
+    """True where llama.cpp adds a bias: in the projections of a layer, and not in every architecture."""
+    return layout.dialect.biases and name.split(".")[-2] in (*_ATTENTION[1:], *_MLP[1:])
+
+
+def _required(layout: Layout) -> set[str]:
+    """Names without which llama.cpp cannot run a model of this layout."""
+    names = {"token_embd.weight", "output_norm.weight"} | (set() if layout.tied else {"output.weight"})
+    for index, widths in enumerate(_written(layout)):
+        parts = (*(_ATTENTION if widths.heads else ()), *(_MLP if widths.neurons else ()))
+        names |= {f"blk.{index}.{part}.weight" for part in parts}
+    return names
 
 
 def _belongs_to_missing_sublayer(source: str, layout: Layout) -> bool:

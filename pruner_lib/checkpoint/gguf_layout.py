@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pruner_lib.checkpoint.errors import CheckpointError
+from pruner_lib.checkpoint.gguf_numbers import check_numbers, epsilon_of_norms, rope_factors
 
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 
@@ -24,6 +25,8 @@ class Dialect:
         interleaved: llama.cpp rotates neighbouring channels, transformers channel i with i + d/2.
         norm_offset: added to norm weights (Gemma's code multiplies by 1 + weight).
         activations: values of ``hidden_act`` whose function llama.cpp has built in for it.
+        biases: whether projections may have biases.
+        rope_factors: whether rotary frequencies may be divided by factors of their own.
     """
 
     name: str
@@ -31,14 +34,17 @@ class Dialect:
     interleaved: bool = False
     norm_offset: float = 0.0
     activations: tuple[str, ...] = ("silu", "swish")
+    biases: bool = False
+    rope_factors: bool = False
 
 
+_LLAMA = Dialect("llama", varying="deci", interleaved=True, biases=True, rope_factors=True)
 DIALECTS: Mapping[str, Dialect] = {
-    "llama": Dialect("llama", varying="deci", interleaved=True),
-    "mistral": Dialect("llama", varying="deci", interleaved=True),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
     # llama.cpp's own qwen2 wants heads times head_dim to be the residual width, which pruning ends; its llama
     # takes the biases of q, k and v as well.
-    "qwen2": Dialect("llama", varying="deci", interleaved=True),
+    "qwen2": _LLAMA,
     "qwen3": Dialect("qwen3"),
     "gemma": Dialect(
         "gemma", norm_offset=1.0, activations=("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
@@ -70,6 +76,7 @@ class Layout:
         epsilon: of the RMS norms.
         rope_theta: base of the rotary frequencies.
         rope_factors: ``[head_dim / 2]``, what divides the frequencies of that base; None for all ones.
+        tied: whether the output head is the embedding.
     """
 
     architecture: str
@@ -82,6 +89,7 @@ class Layout:
     epsilon: float
     rope_theta: float
     rope_factors: torch.Tensor | None
+    tied: bool
 
     @property
     def uniform(self) -> bool:
@@ -105,13 +113,20 @@ def describe(model: PreTrainedModel) -> Layout:
             f"cannot export a {kind} model to GGUF: no mapping of its weights was verified in llama.cpp; "
             f"known are {', '.join(DIALECTS)}"
         )
-    blocks = list(model.model.layers)
-    head_dim = _one(
-        "head_dim", {int(block.self_attn.head_dim) for block in blocks if _weight(block, "self_attn.q_proj")}
-    )
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(model, "model"):
+        raise CheckpointError(
+            f"cannot export a {type(model).__name__} to GGUF: it has no output head; give the causal "
+            "language model (AutoModelForCausalLM)"
+        )
+    body: Any = model.model
+    blocks = list(body.layers)
+    head_dim = _head_dim(config, blocks)
     layers = tuple(_widths(block, index, head_dim) for index, block in enumerate(blocks))
-    _check_numbers(model, config, dialect, head_dim)
-    rope, (rows, hidden) = config.rope_parameters, _embedding(model).weight.shape
+    factors = rope_factors(model, head_dim)
+    check_numbers(model, dialect, head_dim, factors)
+    embedding: Any = model.get_input_embeddings().weight
+    rows, hidden = embedding.shape
     return Layout(
         architecture=_architecture(config.model_type, dialect, layers),
         dialect=dialect,
@@ -120,23 +135,39 @@ def describe(model: PreTrainedModel) -> Layout:
         head_dim=head_dim,
         vocabulary=rows,
         context=int(config.max_position_embeddings),
-        epsilon=float(config.rms_norm_eps),
-        rope_theta=float(rope["rope_theta"]),
-        rope_factors=_rope_factors(model, float(rope["rope_theta"]), head_dim),
+        epsilon=epsilon_of_norms(model),
+        rope_theta=float(config.rope_parameters["rope_theta"]),
+        rope_factors=factors,
+        tied=getattr(head, "weight", None) is embedding,
     )
 
 
-def _embedding(model: PreTrainedModel) -> Any:
-    return model.get_input_embeddings()
+def _head_dim(config: Any, blocks: list[Any]) -> int:
+    """Channels of a head: of all that are there, else of those that were."""
+    found = {int(b.self_attn.head_dim) for b in blocks if _weight(b, "self_attn.q_proj") is not None}
+    if len(found) > 1:
+        raise CheckpointError(
+            f"cannot export to GGUF: head_dim must be one number in all layers, found {sorted(found)}"
+        )
+    if found:
+        return found.pop()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _weight(block: Any, name: str) -> tuple[int, ...] | None:
-    """Shape of a projection in a decoder layer; None where the sublayer is gone."""
-    module = block
-    for part in name.split("."):
-        module = getattr(module, part, None)
+    """Shape of a projection in a decoder layer; None where the sublayer is gone, weights and all."""
+    sublayer, _, projection = name.partition(".")
+    whole = getattr(block, sublayer, None)
+    if whole is None or not [*whole.parameters(), *whole.buffers(), *whole.children()]:
+        return None
+    module = getattr(whole, projection, None)
     weight = getattr(module, "weight", None)
-    return None if weight is None else tuple(weight.shape)
+    if not isinstance(weight, torch.Tensor):
+        raise CheckpointError(
+            f"cannot export to GGUF: {name} of a layer is a {type(module).__name__} without a weight of its "
+            "own, as quantised modules are. Export the model before it is quantised"
+        )
+    return tuple(weight.shape)
 
 
 def _widths(block: Any, index: int, head_dim: int) -> LayerWidths:
@@ -153,14 +184,6 @@ def _widths(block: Any, index: int, head_dim: int) -> LayerWidths:
     return LayerWidths(heads, kv_heads, gate[0] if gate is not None else 0)
 
 
-def _one(what: str, found: set[int]) -> int:
-    if len(found) != 1:
-        raise CheckpointError(
-            f"cannot export to GGUF: {what} must be one number in all layers, found {sorted(found) or 'none'}"
-        )
-    return next(iter(found))
-
-
 def _architecture(model_type: str, dialect: Dialect, layers: tuple[LayerWidths, ...]) -> str:
     if len(set(layers)) == 1 and layers[0].heads and layers[0].neurons:
         return dialect.name
@@ -171,53 +194,16 @@ def _architecture(model_type: str, dialect: Dialect, layers: tuple[LayerWidths, 
         for words, field in (("query heads", "heads"), ("KV heads", "kv_heads"), ("MLP neurons", "neurons"))
         if len(counts := sorted({getattr(layer, field) for layer in layers})) > 1
     ]
+    if not differing:
+        raise CheckpointError(
+            f"cannot export this {model_type} model to GGUF: its layers have no "
+            f"{'MLP' if layers[0].heads else 'attention'}, which llama.cpp's {dialect.name} cannot do without"
+        )
     raise CheckpointError(
         f"cannot export this {model_type} model to GGUF: its layers differ in {', '.join(differing)}, and "
         f"llama.cpp's {dialect.name} has one number for all layers. Only llama, mistral and qwen2 models may "
         "differ from layer to layer (its deci architecture). Prune with one width per kind in all layers"
     )
-
-
-def _check_numbers(model: PreTrainedModel, config: Any, dialect: Dialect, head_dim: int) -> None:
-    """What llama.cpp computes by itself must be what this model computes."""
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    kind = getattr(config, "rope_parameters", {}).get("rope_type", "default")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    scale = getattr(_embedding(model), "scalar_embed_scale", None)
-    hidden = _embedding(model).weight.shape[1]
-    scalings = {float(block.self_attn.scaling) for block in model.model.layers if hasattr(block, "self_attn")
-                and hasattr(block.self_attn, "scaling")}  # fmt: skip
-    problems = {
-        f"the activation {activation!r} (its own is {dialect.activations[0]})":
-            activation not in dialect.activations,
-        f"rotary positions of type {kind!r} (default, linear and llama3 work)":
-            kind not in ("default", "linear", "llama3"),
-        f"rotary positions on a part of the head ({config.rope_parameters.get('partial_rotary_factor')})":
-            config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
-        f"a sliding window of {window} tokens, shorter than the context":
-            window is not None and window < config.max_position_embeddings,
-        f"a softmax scale of {sorted(scalings)} with heads of {head_dim} channels":
-            any(abs(scaling * head_dim**0.5 - 1) > 1e-6 for scaling in scalings),
-        f"an embedding scale of {scale} with {hidden} residual channels":
-            scale is not None and abs(float(scale) / hidden**0.5 - 1) > 1e-3,
-    }  # fmt: skip
-    found = [words for words, wrong in problems.items() if wrong]
-    if found:
-        raise CheckpointError(
-            f"cannot export this {config.model_type} model to GGUF: llama.cpp's {dialect.name} has no way to "
-            f"say {'; nor '.join(found)}"
-        )
-
-
-def _rope_factors(model: PreTrainedModel, theta: float, head_dim: int) -> torch.Tensor | None:
-    """What the model's rotary frequencies are divided by, read off the table it uses."""
-    table = model.model.rotary_emb.inv_freq
-    if table.is_meta:  # asked for the layout alone
-        return None
-    used = table.detach().float().cpu()
-    plain = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    factors = (plain / used.double()).float()
-    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:

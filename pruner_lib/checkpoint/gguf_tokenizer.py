@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from pruner_lib.checkpoint.errors import CheckpointError
 _PROBE = (
     "It's 12345 o'CLOCK, 'Twas  3.14\t007 x1y22  9\n\n  Ünïcode's ½ ２３ \r\n"
     "(a)==[b]!!  www.x.org/?q=1 \n 漢字かな 4th  \n\n\n end 'RE we'LL   tail   "
+    "हिन्दी में e\u0301a\u0308 "  # marks are no letters
 )
 _SPACE = "▁"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -44,7 +46,7 @@ class Vocabulary:
         special: ``bos``, ``eos``, ``unk``, ``pad`` … to token ids.
         add_bos: whether BOS goes before every text.
         add_eos: whether EOS goes after it.
-        chat_template: Jinja text, or None.
+        chat_template: Jinja text, or several by name, or None.
     """
 
     model: str
@@ -57,7 +59,7 @@ class Vocabulary:
     special: Mapping[str, int]
     add_bos: bool
     add_eos: bool
-    chat_template: str | None
+    chat_template: str | Sequence[Mapping[str, str]] | None
 
     def write(self, writer: GGUFWriter) -> None:
         """Put everything into a GGUF file's key-value part."""
@@ -78,17 +80,22 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
+def read_vocabulary(tokenizer: Any, rows: int, end: int | None = None) -> Vocabulary:
     """Read a transformers tokenizer.
 
     Args:
         tokenizer: a fast one (with a ``tokenizers`` backend) of the byte-level BPE kind (GPT-2, Llama 3,
             Qwen, SmolLM …) or converted from SentencePiece's BPE (Llama 2, Mistral, Gemma …).
         rows: of the model's embedding; ids without a token become unused ones.
+        end: token that ends a text, where the tokenizer does not say.
+
+    Warns:
+        UserWarning: texts of a kind that llama.cpp splits otherwise, with the reason.
 
     Raises:
-        CheckpointError: a tokenizer of another kind, one whose splitting llama.cpp has no name for,
-            or one with more tokens than rows.
+        CheckpointError: a tokenizer of another kind, one whose splitting llama.cpp has no name for, one
+            that puts other tokens around a text than BOS and EOS, one without a token that ends a
+            text, or one with more tokens than rows.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -99,29 +106,67 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     document = json.loads(backend.to_str())
     kind = _kind(document)
     tokens, types = _tokens(document, rows)
-    first, last = _ends(tokenizer)
-    special = {
-        name: int(index)
-        for name in ("bos", "eos", "unk", "sep", "pad", "mask")
-        if (index := getattr(tokenizer, f"{name}_token_id", None)) is not None
-    }
+    special = _special(tokenizer, end)
+    first, last = _ends(tokenizer, special)
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
              for pair in document["model"]["merges"]]  # fmt: skip
     pieces = kind == "llama"
+    _warn_of_differences(document)
     return Vocabulary(
         model=kind,
         tokens=tokens,
         types=_piece_types(tokens, types, special.get("unk")) if pieces else types,
         merges=() if pieces else tuple(" ".join(pair) for pair in pairs),
-        scores=merge_scores(tokens, pairs) if pieces else (),
-        pre="default" if pieces else _splitter(backend.pre_tokenizer),
+        scores=merge_scores(tokens, pairs, types) if pieces else (),
+        pre="default" if pieces else _splitter(backend.pre_tokenizer, document["model"]),
         space_prefix=pieces and backend.encode("a", add_special_tokens=False).tokens[0].startswith(_SPACE),
         special=special,
-        add_bos=first is not None and first == special.get("bos"),
-        add_eos=last is not None and last == special.get("eos"),
-        chat_template=template if isinstance(template, str) else None,
+        add_bos=bool(first),
+        add_eos=bool(last),
+        chat_template=template,
     )
+
+
+def _special(tokenizer: Any, end: int | None) -> dict[str, int]:
+    """Ids of BOS, EOS, UNK …; llama.cpp takes token 11 for the end of a text where a file says none."""
+    special = {
+        name: int(index)
+        for name in ("bos", "eos", "unk", "sep", "pad", "mask")
+        if (index := getattr(tokenizer, f"{name}_token_id", None)) is not None
+    }
+    if end is not None:
+        special.setdefault("eos", end)
+    if "eos" not in special:
+        raise CheckpointError(
+            "cannot write this tokenizer to GGUF: neither it nor the model says which token ends a text. Set "
+            "tokenizer.eos_token or model.generation_config.eos_token_id"
+        )
+    return special
+
+
+def _warn_of_differences(document: Mapping[str, Any]) -> None:
+    """Say what llama.cpp's files have no word for and its users can live with."""
+    stripping = [token["content"] for token in document.get("added_tokens", ())
+                 if token.get("lstrip") or token.get("rstrip") or token.get("single_word")]  # fmt: skip
+    composed = (document.get("normalizer") or {}).get("type") == "NFC"
+    splitter = document.get("pre_tokenizer") or {}
+    once = splitter.get("type") == "Metaspace" and splitter.get("prepend_scheme") != "never"
+    found = {
+        "a text that begins with a space, or follows a special token, gets one more or less": once,
+        "letters written as a base and a mark are not composed first (NFC)": composed,
+        f"{', '.join(stripping[:3])} {'does' if len(stripping) == 1 else 'do'} not look at what stands "
+        "beside them": bool(stripping),
+    }
+    words = [word for word, applies in found.items() if applies]
+    if words:
+        warnings.warn(
+            f"llama.cpp splits some texts into other tokens than this tokenizer: {'; '.join(words)}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _kind(document: Mapping[str, Any]) -> str:
@@ -131,6 +176,12 @@ def _kind(document: Mapping[str, Any]) -> str:
     if model["type"] == "BPE" and decoder == "ByteLevel" and normalizer.get("type") in (None, "NFC"):
         return "gpt2"
     if model["type"] == "BPE" and model.get("byte_fallback") and _only_marks_spaces(document):
+        absent = [token for byte in range(256) if (token := f"<0x{byte:02X}>") not in model["vocab"]]
+        if absent:
+            raise CheckpointError(
+                f"cannot write this tokenizer to GGUF: it has no token {absent[0]} ({len(absent)} of the 256 "
+                "bytes are missing), without which llama.cpp stops at characters that it does not know"
+            )
         return "llama"
     raise CheckpointError(
         "cannot write this tokenizer to GGUF: byte-level BPE and SentencePiece's BPE are supported, this one "
@@ -156,23 +207,41 @@ def _only_marks_spaces(document: Mapping[str, Any]) -> bool:
     return plain and bool(steps) and splitter["type"] == "Split" and splitter["pattern"] == {"String": " "}
 
 
-def merge_scores(tokens: Iterable[str], pairs: Iterable[tuple[str, ...]]) -> tuple[float, ...]:
+def merge_scores(
+    tokens: Sequence[str], pairs: Iterable[tuple[str, ...]], types: Sequence[int] = ()
+) -> tuple[float, ...]:
     """A score per token that makes SentencePiece merge in the order of a list of pairs.
 
     SentencePiece joins the two neighbours whose joint token has the highest score, in whatever way the
-    token is split; so the list must hold every split of a token into two tokens, which holds for
-    lists that were made from a SentencePiece model.
+    token is split; so the list must hold every split of a token into two tokens, one after the other,
+    which holds for lists that were made from a SentencePiece model.
+
+    Args:
+        tokens: by id.
+        pairs: in the order in which they are joined.
+        types: of the tokens; only ordinary ones are joined. All are, if not given.
 
     Raises:
-        CheckpointError: the list lacks a split.
+        CheckpointError: the list lacks a split, or joins other tokens between two splits of one.
     """
     listed = [pair for pair in pairs if len(pair) == 2]
     ranks: dict[str, int] = {}
+    last = ""
     for rank, (first, second) in enumerate(listed):
-        ranks.setdefault(first + second, rank)
+        token = first + second
+        if token in ranks and token != last:
+            raise CheckpointError(
+                f"cannot write this tokenizer to GGUF: between two ways to join its token {token!r} it joins "
+                f"{last!r}, and llama.cpp has one rank per token. Use llama.cpp's own converter on the "
+                "checkpoint"
+            )
+        ranks.setdefault(token, rank)
+        last = token
     known, ordered = set(listed), list(tokens)
     vocabulary = set(ordered)
-    for token in ranks:
+    plain = [token for token, kind in zip(ordered, types or [1] * len(ordered), strict=True)
+             if kind == int(TokenType.NORMAL) and not _BYTE.fullmatch(token)]  # fmt: skip
+    for token in dict.fromkeys((*ranks, *plain)):
         for cut in range(1, len(token)):
             first, second = token[:cut], token[cut:]
             if first in vocabulary and second in vocabulary and (first, second) not in known:
@@ -193,7 +262,13 @@ def _piece_types(tokens: Sequence[str], types: Sequence[int], unknown: int | Non
 
 
 def _tokens(document: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    tokens = [f"[UNUSED{index}]" for index in range(rows)]
+    named_so = {
+        *document["model"]["vocab"],
+        *(added["content"] for added in document.get("added_tokens", ())),
+    }
+    tokens = [
+        name if (name := f"[UNUSED{i}]") not in named_so else f"[UNUSED{i} OF {rows}]" for i in range(rows)
+    ]
     types = [int(TokenType.UNUSED)] * rows
     named = [(index, token, TokenType.NORMAL) for token, index in document["model"]["vocab"].items()]
     for added in document.get("added_tokens", ()):
@@ -210,13 +285,19 @@ def _tokens(document: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tu
     return tuple(tokens), tuple(types)
 
 
-def _ends(tokenizer: Any) -> tuple[int | None, int | None]:
-    """First and last token that the tokenizer puts around a text by itself."""
+def _ends(tokenizer: Any, special: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts around a text by itself: nothing or BOS, nothing or EOS."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    rest = full[start + len(bare) :]
-    return (full[0] if start else None), (rest[-1] if rest else None)
+    first, last = full[:start], full[start + len(bare) :]
+    if first not in ([], [special.get("bos")]) or last not in ([], [special["eos"]]):
+        raise CheckpointError(
+            f"cannot write this tokenizer to GGUF: it puts the tokens {first} before and {last} after a "
+            f"text, llama.cpp only BOS ({special.get('bos')}) and EOS ({special['eos']}). Set its "
+            "post_processor so"
+        )
+    return first, last
 
 
 @cache
@@ -236,11 +317,12 @@ def _known_splitters() -> tuple[tuple[str, PreTokenizer], ...]:
     )
 
 
-def _splitter(found: Any) -> str:
+def _splitter(found: Any, model: Mapping[str, Any]) -> str:
+    whole = bool(model.get("ignore_merges"))  # takes a piece that is a token as it is, merges or not
     if found is not None:
         pieces = found.pre_tokenize_str(_PROBE)
         for name, known in _known_splitters():
-            if known.pre_tokenize_str(_PROBE) == pieces:
+            if known.pre_tokenize_str(_PROBE) == pieces and whole == (name == "llama-bpe"):
                 return name
     names = ", ".join(name for name, _ in _known_splitters())
     raise CheckpointError(
