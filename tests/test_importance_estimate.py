@@ -271,3 +271,31 @@ def test_zero_gradients_are_an_error(llama):
         nn.init.zeros_(parameter)
     with pytest.raises(ValueError, match="every gradient is zero"):
         first_order(model, dependencies, tokens_of(2, 5))
+
+
+def test_products_that_vanish_are_refused():
+    """129 slices of small numbers have a product below the smallest float64: all groups would tie at 0."""
+    slices = torch.full((129, 3), 1e-3, dtype=torch.float64)
+    assert (REDUCTIONS["product"](slices[:100]) > 0).all()
+    with pytest.raises(ValueError, match=r"product of 129 slices is below .* for 3 of 3 groups.*\"mean\""):
+        REDUCTIONS["product"](slices)
+    assert REDUCTIONS["product"](torch.tensor([[0.0, 2.0], [3.0, 4.0]])).tolist() == [0, 8]
+
+
+@pytest.mark.parametrize("ids", [torch.uint8, torch.uint16, torch.int32])
+def test_ids_of_any_whole_kind(llama, ids):
+    model, dependencies = llama
+    expected = estimate_importance(model, dependencies, tokens_of(2, 5), criterion="wanda")
+    found = estimate_importance(model, dependencies, tokens_of(2, 5).to(ids), criterion="wanda")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("size", [1.5, "2", True])
+def test_a_micro_batch_is_a_whole_number(llama, size):
+    with pytest.raises(ValueError, match="micro_batch_size must be a whole number, not"):
+        estimate_importance(*llama, tokens_of(2, 5), micro_batch_size=size)
+
+
+def test_a_mask_is_no_text(llama):
+    with pytest.raises(ValueError, match=r"got torch\.bool"):
+        estimate_importance(*llama, tokens_of(2, 5) > 3)

@@ -338,3 +338,22 @@ def test_a_bar_is_shown_where_asked_for(capsys, criterion):
     estimate_importance(model, dependencies, tokens, progress=True, **options)
     shown = capsys.readouterr().err
     assert criterion in shown and "100%" in shown
+
+
+@pytest.mark.parametrize("criterion", ["taylor_first", "wanda"])
+def test_an_optimizer_that_steps_in_the_backward_pass_waits(criterion):
+    model = tiny_llama()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    dependencies, steps = discover(model), []
+
+    def step(parameter):
+        steps.append(parameter)
+        parameter.data -= 0.1 * parameter.grad
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    estimate_importance(model, dependencies, tokens_of(3, 5), criterion=criterion)
+    assert not steps
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    model(input_ids=tokens_of(1, 5)).logits.sum().backward()
+    assert steps, "the hooks are back"

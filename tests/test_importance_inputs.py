@@ -218,3 +218,36 @@ def test_finer_granularities_say_what_is_wrong():
         vector_scores(model, name, tokens_of(2, 5), criterion="random")
     with pytest.raises(ValueError, match="activation scores channels, not elements; ask for vector_scores"):
         element_scores(model, name, tokens_of(2, 5), criterion="activation")
+
+
+@pytest.mark.parametrize("criterion", FORWARD_ONLY)
+def test_readers_of_one_tensor_keep_sums_of_their_own(criterion):
+    """Query, key and value read the same; in float64 nothing is converted, and each must add to its own."""
+    model, tokens = tiny_llama(), tokens_of(5, 7)
+    names = [name for name, p in model.named_parameters() if "layers.1" in name and p.ndim == 2]
+    whole = vector_scores(model, names, tokens, criterion=criterion, micro_batch_size=5)
+    for size in (1, 2):
+        parts = vector_scores(model, names, tokens, criterion=criterion, micro_batch_size=size)
+        for name in names:
+            for dim, values in whole[name].items():
+                torch.testing.assert_close(parts[name][dim], values, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "wanda", "taylor_first", "taylor_second"])
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_tied_matrix_has_one_score_by_both_names(criterion, size):
+    model, tokens = tiny_llama(tie_word_embeddings=True), tokens_of(4, 7)
+    both = ["model.embed_tokens.weight", "lm_head.weight"]
+    found = element_scores(model, both, tokens, criterion=criterion, micro_batch_size=size)
+    alone = element_scores(model, both[1], tokens, criterion=criterion, micro_batch_size=size)[both[1]]
+    for name in both:
+        torch.testing.assert_close(found[name], alone, rtol=1e-9, atol=0)
+
+
+def test_a_router_that_multiplies_in_float32_is_seen():
+    """Its weight is cast in every call, so what is multiplied is another tensor."""
+    model = tiny("deepseek_v3", torch.bfloat16)
+    name = next(name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight"))
+    half = vector_scores(model, name, tokens_of(3, 6) + 3, criterion="wanda")[name][1]
+    exact = vector_scores(model.float(), name, tokens_of(3, 6) + 3, criterion="wanda")[name][1]
+    assert (half / exact - 1).abs().median() < 0.1  # bfloat16 may send a token elsewhere

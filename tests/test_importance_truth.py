@@ -223,3 +223,18 @@ def test_grade_says_what_is_wrong():
 def test_overlap_counts_at_least_one_group():
     assert overlap_of_lowest(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 5.0]), 0.1) == 1
     assert overlap_of_lowest(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 0.0]), 0.1) == 0
+
+
+@pytest.mark.parametrize("shared", ["module", "weights"])
+def test_a_weight_that_two_layers_use_is_zeroed_in_both(shared):
+    model = tiny_llama(num_hidden_layers=3)
+    one, other = model.model.layers[1], model.model.layers[2]
+    if shared == "module":
+        other.mlp = one.mlp
+    else:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(other.mlp, name).weight = getattr(one.mlp, name).weight
+    dependencies, tokens = discover(model), tokens_of(3, 6)
+    found = measure_importance(model, dependencies, tokens, "layers.1.mlp_neuron")["layers.1.mlp_neuron"]
+    expected = naive(model, dependencies, tokens, "layers.1.mlp_neuron", range(12))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

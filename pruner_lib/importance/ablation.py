@@ -132,11 +132,21 @@ def loss_changes(
 
 
 def layer_index(model: nn.Module, family: GroupFamily) -> int | None:
-    """The decoder layer that holds all of a family's slices; None if none does, or a norm must follow."""
+    """The decoder layer that holds all of a family's slices; None if none does, or a norm must follow.
+
+    A weight that another layer uses as well lies in both.
+    """
     if family.normed_by:
         return None
     path, _ = layer_list(model)
-    return layer_of({piece.parameter for piece in family.slices}, path)
+    cut = {piece.parameter for piece in family.slices}
+    everywhere = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    held = {id(tensor) for name, tensor in everywhere if name in cut}
+    shared = {name for name, tensor in everywhere if id(tensor) in held and name.startswith(f"{path}.")}
+    return layer_of(cut | shared, path)
 
 
 def tensors_of(model: nn.Module, family: GroupFamily) -> dict[str, Tensor]:

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from pruner_lib.discovery.units import whole_number
 from pruner_lib.importance.parallel import Share
 
 _TOKENS_AT_ONCE = 2048
+_NO_IDS = (torch.bool, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextmanager
 def untouched(model: nn.Module, trainable: Collection[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
     """Evaluation mode, gradients only for some parameters; everything put back on the way out.
 
-    Training flags, ``requires_grad`` and the ``.grad`` tensors themselves come back as they were,
-    also after an exception. Dropout is off in between, so that scores do not depend on luck.
+    Training flags, ``requires_grad``, the ``.grad`` tensors themselves and hooks on finished gradients come
+    back as they were, also after an exception. Dropout is off in between, so that scores do not depend on
+    luck.
 
     Args:
         model: the model to run.
@@ -33,8 +36,11 @@ def untouched(model: nn.Module, trainable: Collection[str] = ()) -> Iterator[dic
     """
     modes = [(module, module.training) for module in model.modules()]
     states = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    hooks = [(p, found) for p in model.parameters() if (found := p._post_accumulate_grad_hooks)]
     try:
         model.eval()
+        for parameter, _ in hooks:  # of an optimizer that steps in the backward pass
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
@@ -46,6 +52,8 @@ def untouched(model: nn.Module, trainable: Collection[str] = ()) -> Iterator[dic
         for parameter, requires_grad, gradient in states:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+        for parameter, found in hooks:
+            parameter._post_accumulate_grad_hooks = found
         for module, training in modes:
             module.training = training
 
@@ -62,7 +70,7 @@ def check_batches(model: nn.Module, batches: Tensor | None) -> Tensor:
             f"batches must be a LongTensor [samples, tokens] of token ids, not {type(batches).__name__}; "
             "make it with load_calibration(tokenizer, source=…, num_samples=…, seq_len=…, seed=…)"
         )
-    if batches.ndim != 2 or batches.dtype.is_floating_point or batches.dtype.is_complex:
+    if batches.ndim != 2 or batches.dtype in _NO_IDS or batches.dtype.is_complex:
         raise ValueError(
             f"batches must be a LongTensor [samples, tokens]; got {batches.dtype} {list(batches.shape)}"
         )
@@ -71,6 +79,7 @@ def check_batches(model: nn.Module, batches: Tensor | None) -> Tensor:
             f"batches is {list(batches.shape)}: it takes at least 1 sequence of 2 tokens, "
             "since each token is predicted from those before it"
         )
+    batches = batches.long()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     vocabulary = getattr(embedding, "num_embeddings", None)
     low, high = int(batches.min()), int(batches.max())
@@ -80,18 +89,19 @@ def check_batches(model: nn.Module, batches: Tensor | None) -> Tensor:
             f"batches holds token id {wrong}, outside the model's vocabulary of {vocabulary} (0 to "
             f"{(vocabulary or 0) - 1}); use the tokenizer that belongs to this model"
         )
-    return batches.long()
+    return batches
 
 
 def micro_batches(batches: Tensor, size: int | None) -> list[Tensor]:
     """Rows of ``batches`` in runs of ``size``; None keeps them together.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size that is no whole number of at least 1.
     """
-    if size is not None and size < 1:
+    if size is not None and (whole_number(size) is None or size < 1):
+        wanted = "a whole number" if whole_number(size) is None else "at least 1"
         raise ValueError(
-            f"micro_batch_size must be at least 1, not {size}: it is how many sequences run at once; leave "
+            f"micro_batch_size must be {wanted}, not {size!r}: it is how many sequences run at once; leave "
             "it out to have it chosen"
         )
     return [batches] if size is None else list(batches.split(size))

@@ -21,7 +21,8 @@ place of a name, or add it to the table below::
 
 What is an input: of a matrix, what it multiplies; of an embedding, the one-hot token, so that r² and m
 are the token's frequency. A vector counts as fed by the constant 1, which is exact for a bias and the
-mean over the channels for a norm's weight. A matrix used twice (tied embeddings) adds up its uses.
+mean over the channels for a norm's weight. A matrix that is looked up and multiplied (tied embeddings) adds
+up both uses; of uses in the same way, as of a weight that layers share, the tokens are counted together.
 """
 
 from __future__ import annotations
@@ -123,11 +124,24 @@ CRITERIA = MappingProxyType({criterion.name: criterion for criterion in _BUILT_I
 
 Reduction = Callable[[Tensor], Tensor]
 
+
+def _product(slices: Tensor) -> Tensor:
+    found = slices.double().prod(0)
+    vanished = (found == 0) & (slices != 0).all(0)
+    if bool(vanished.any()):
+        raise ValueError(
+            f"the product of {len(slices)} slices is below the smallest number there is for "
+            f"{int(vanished.sum())} of {len(vanished)} groups, so they could not be told apart; use another "
+            'reduction for this family, "sum" or "mean"'
+        )
+    return found
+
+
 # [slices, size] to [size]; "last" is the structure that reads the group last (o_proj, down_proj).
 REDUCTIONS: MappingProxyType[str, Reduction] = MappingProxyType(
     {
         "sum": lambda slices: slices.sum(0),
-        "product": lambda slices: slices.prod(0),
+        "product": _product,
         "max": lambda slices: slices.amax(0),
         "last": lambda slices: slices[-1],
         "mean": lambda slices: slices.mean(0),

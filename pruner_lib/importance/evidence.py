@@ -85,7 +85,12 @@ def score_parameters(
         FloatingPointError: a loss that is NaN or infinite.
         MemoryError: the device ran out of memory.
     """
-    parameters = {name: model.get_parameter(name) for name in names}
+    named = {name: model.get_parameter(name) for name in names}
+    first = {id(parameter): name for name, parameter in reversed(named.items())}
+    if len(first) < len(named):  # tied: one parameter by several names is scored once
+        scored = score_parameters(model, list(first.values()), batches, criterion, scorer, options)
+        return {name: scored[first[id(parameter)]] for name, parameter in named.items()}
+    parameters = named
     if not criterion.needs_batches:
         return {name: scorer(name, parameter, {}, []) for name, parameter in parameters.items()}
     batches, share = check_batches(model, batches), Share.current()

@@ -34,7 +34,8 @@ def element_scores(
         progress: whether a bar is shown; None shows it in a terminal.
 
     Returns:
-        Parameter name to a tensor of its shape, in float32 or better.
+        Parameter name to a tensor of its shape, in float32 or better; two names of one tied parameter
+        share theirs.
 
     Raises:
         ValueError: an unknown parameter or criterion, or unusable batches.
@@ -87,6 +88,8 @@ def _weighing(criterion: str | Criterion) -> Criterion:
 def _named(model: nn.Module, parameters: str | Iterable[str]) -> list[str]:
     """The names, without doubles, checked against the model."""
     names = [parameters] if isinstance(parameters, str) else list(dict.fromkeys(parameters))
+    if not names:
+        raise ValueError("no parameters are named; give names as in model.named_parameters()")
     present = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name in names:
         if name not in present:

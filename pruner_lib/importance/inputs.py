@@ -24,6 +24,8 @@ _PRODUCTS: Mapping[Any, tuple[int, int, int]] = {
     Tensor.matmul: (1, 0, 0),
     Tensor.__matmul__: (1, 0, 0),
 }
+# A router in half precision multiplies by such a copy of its weight.
+_CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as)
 # Runs of rows, each times a matrix of a stack [experts, in, out]: (rows, stack, ends of the runs).
 _GROUPED = [f for f in (getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f]
 
@@ -45,7 +47,8 @@ class Moments:
 
     def add(self, count: int, terms: Mapping[str, Tensor]) -> None:
         """Take in the sums of ``count`` more tokens; variances merge without cancellation."""
-        terms = {name: term.double().cpu() for name, term in terms.items()}
+        # A copy, also of float64: query, key and value are given the same sums, and each adds to its own.
+        terms = {name: term.to("cpu", torch.float64, copy=True) for name, term in terms.items()}
         if self.count and "mean" in terms:
             step, share = terms.pop("mean") - self.sums["mean"], count / (self.count + count)
             self.sums["spread"] += terms.pop("spread") + step**2 * (self.count * share)
@@ -67,9 +70,9 @@ class Moments:
         count = share.sum(torch.tensor(float(self.count), dtype=torch.float64))
         found = {}
         if "r" in self.reads:
-            found["r"] = (share.sum(self.sums["square"]) / count).sqrt()
+            found["r"] = (share.sum(self.sums["square"].clone()) / count).sqrt()
         if "m" in self.reads:
-            found["m"] = share.sum(self.sums["absolute"]) / count
+            found["m"] = share.sum(self.sums["absolute"].clone()) / count
         if "v" in self.reads:
             mean = share.sum(self.sums["mean"] * self.count) / count
             apart = self.sums["spread"] + self.count * (self.sums["mean"] - mean) ** 2
@@ -122,6 +125,9 @@ class InputWatch(TorchFunctionMode):
         self.uses: dict[str, dict[str, Moments]] = {}
         self.experts: dict[str, dict[int, list[Moments]]] = {}
         self._last: tuple[Tensor | None, int, dict[str, Tensor]] = (None, 0, {})
+        self._casts: dict[
+            str, Tensor
+        ] = {}  # the last copy of each matrix; held, so that its id stays its own
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -145,7 +151,22 @@ class InputWatch(TorchFunctionMode):
             with torch.no_grad():
                 ends = args[2] if len(args) > 2 else kwargs.get("offs")
                 self._take_grouped(args[0], args[1], ends)
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if (
+            func in _CASTS
+            and isinstance(found, Tensor)
+            and found is not args[0]
+            and id(args[0]) in self.names
+        ):
+            self._follow(self.names[id(args[0])], found)
+        return found
+
+    def _follow(self, name: str, cast: Tensor) -> None:
+        """Know a matrix in another dtype by its name."""
+        before = self._casts.pop(name, None)
+        if before is not None:
+            self.names.pop(id(before), None)
+        self._casts[name], self.names[id(cast)] = cast, name
 
     def _take_grouped(self, inputs: Tensor, stack: Tensor, ends: Tensor | None) -> None:
         """Rows that are sorted by expert, with the place where each expert's rows end."""

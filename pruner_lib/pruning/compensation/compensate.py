@@ -70,7 +70,8 @@ class Compensation:
         ):
             if value not in valid:
                 raise ValueError(f"unknown {label} {value!r}; valid are {', '.join(valid)}")
-        if not isinstance(self.ridges, Sequence) or not self.ridges or min(self.ridges) < 0:
+        ridges = self.ridges if isinstance(self.ridges, Sequence) else ()
+        if not ridges or not all(0 <= ridge < math.inf for ridge in ridges):
             raise ValueError(f"ridges must be one or more numbers of at least 0, not {self.ridges}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(
