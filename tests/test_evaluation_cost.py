@@ -151,3 +151,15 @@ def test_a_model_that_needs_its_data_is_refused():
 
     with pytest.raises(EvaluationError, match="Branching could not be run on the meta device"):
         count_cost(Branching())
+
+
+def test_the_cache_per_token_is_an_average_that_falls_beyond_a_sliding_window():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50}
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    model = MistralForCausalLM(config)
+    whole, beyond = (count_cost(model, seq_len=length).kv_cache_bytes_per_token for length in (4, 32))
+    assert whole == 2 * 2 * 2 * 4 * 4, "two layers, keys and values, two heads of four channels, four bytes"
+    assert beyond < whole
+    assert "an average" in count_cost.__doc__

@@ -1,6 +1,7 @@
 """Zero-shot scores against the harness itself and against a plain loop."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -132,6 +133,16 @@ def test_difference_is_paired(model, tokenizer, package):
     variances = [float(torch.tensor(g).var()) / len(g) for g in gaps]
     assert change.stderr == pytest.approx(math.sqrt(sum(variances)) / 2, abs=1e-7)
     assert first.difference(first).stderr == 0.0
+
+
+def test_a_difference_over_other_tasks_is_refused(model, tokenizer, package):
+    two = zero_shot(model, tokenizer, tasks=("piqa", "arc_easy"), data="package", options=QUIET)
+    one = dataclasses.replace(two, scores=two.scores[:1])
+    turned = dataclasses.replace(two, scores=two.scores[::-1])
+    for mine, other in ((one, two), (two, one)):
+        with pytest.raises(EvaluationError, match="averages are over different tasks: piqa"):
+            mine.difference(other)
+    assert two.difference(turned).value == 0.0
 
 
 def hub_rows(name):

@@ -109,3 +109,23 @@ def test_batches_are_padded_on_the_right_and_padding_is_masked():
     assert batch["input_ids"][1, 8:].tolist() == [1] * 4
     assert batch["labels"][1, 8:].tolist() == [-100] * 4
     assert batch["labels"][1, 6:8].tolist() == [IDS["5"], IDS["</s>"]]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_text_beside_instructions_is_left_alone(template):
+    """tatsu-lab/alpaca holds prompt and answer once more in a column of that name."""
+    tokenizer = word_tokenizer(bos_token="<s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    plain = make_examples(tokenizer, [ADD, ADD], seq_len=64, template=template)
+    beside = make_examples(tokenizer, [{**ADD, "text": "Add them. 2 3 5"}] * 2, seq_len=64, template=template)
+    assert [row.labels.tolist() for row in beside] == [row.labels.tolist() for row in plain]
+    turns = [{"role": "user", "content": "2"}, {"role": "assistant", "content": "5"}]
+    chat = make_examples(tokenizer, [{"messages": turns, "text": "2 3 5"}], seq_len=2)
+    assert [row.labels.tolist() for row in chat] == [[-100, IDS["5"]]]
+
+
+def test_text_whose_other_columns_are_empty_is_text():
+    rows = [{"text": "2 3", "instruction": None, "output": None, "messages": None}] * 2
+    assert [row.input_ids.tolist() for row in make_examples(word_tokenizer(), rows, seq_len=3)] == [
+        [9, 10, 1]
+    ] * 2

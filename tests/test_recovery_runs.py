@@ -259,6 +259,22 @@ def test_early_stopping_keeps_the_best_state():
     )
 
 
+def test_a_run_that_patience_ended_is_not_trained_further_when_resumed(tmp_path):
+    model, other, seen = tiny_llama(), counting(rows=6).flip(1), []
+    chosen = RecoverySettings(
+        **{**QUICK, "max_steps": 60}, evaluate_every=2, patience=2, checkpoint_every=2, dropout=0.1
+    )
+    options = {"settings": chosen, "held_out": other, "output_dir": tmp_path, "progress": False}
+    ended = recover(model, None, counting(), **options)
+    assert len(ended.history) < 60
+    resumed = recover(model, None, counting(), **options, resume=True, on_step=seen.append)
+    assert seen == []
+    assert resumed.history == ended.history
+    assert resumed.held_out == ended.held_out
+    assert resumed.num_tokens == ended.num_tokens
+    assert same(snapshot(resumed.model), snapshot(ended.model))
+
+
 def test_a_stop_between_two_looks_is_looked_at():
     result = run(settings={**RUN, "checkpoint_every": 0}, on_step=lambda record: record["step"] == 4)
     assert [step for step, _ in result.held_out] == [0, 3, 4]
@@ -315,3 +331,14 @@ def test_distillation_is_in_the_identity(tmp_path):
     other = {**RUN, "distillation": Distillation(temperature=3.0)}
     with pytest.raises(RecoveryError, match=r"settings\.distillation\.temperature was 1\.0, is 3\.0"):
         run(tmp_path, resume=True, settings=other)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "rates"),
+    [(1, 4, [1.0]), (3, 100, [0.0, 0.5, 1.0]), (4, 1, [0.0, 1.0, 2 / 3, 1 / 3]), (2, 0, [1.0, 0.5])],
+)
+def test_a_warm_up_no_shorter_than_the_run_still_reaches_the_peak(steps, warmup, rates):
+    chosen = RecoverySettings(**{**QUICK, "max_steps": steps, "warmup_steps": warmup})
+    result = recover(tiny_llama(), None, counting(), settings=chosen, progress=False)
+    found = [record["learning_rate"] / chosen.learning_rate for record in result.history]
+    assert found == pytest.approx(rates)

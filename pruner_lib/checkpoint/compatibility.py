@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pruner_lib.checkpoint.checks import check_saveable
 from pruner_lib.checkpoint.errors import CheckpointError
@@ -118,6 +119,9 @@ def _transformers(model: PreTrainedModel) -> tuple[Answer, Answer]:
     plain, library = "transformers", "transformers with pruner_lib"
     if problem is not None:
         return Answer(plain, "no", problem), Answer(library, "no", problem)
+    unknown = _unknown_to_auto(model)
+    if unknown is not None:
+        return Answer(plain, "no", unknown), Answer(library, "no", unknown)
     if not needs_library(model.config):
         twin = twin_config(model.config)
         how = f"saved as {twin.model_type}, which computes the same" if twin else "as any model"
@@ -130,6 +134,28 @@ def _transformers(model: PreTrainedModel) -> tuple[Answer, Answer]:
         else f"{type(model.config).__name__} refuses these sizes, although the model runs with them"
     )
     return Answer(plain, "no", f"{why}; it raises"), Answer(library, "yes", "after `import pruner_lib`")
+
+
+def _unknown_to_auto(model: PreTrainedModel) -> str | None:
+    return auto_problem(model.config.model_type, [type(model).__name__])
+
+
+def auto_problem(model_type: Any, architectures: Any = None) -> str | None:
+    """Why AutoModelForCausalLM cannot open a model of this type, or None where it can.
+
+    Args:
+        model_type: as config.json says it.
+        architectures: names of its classes, for the message.
+    """
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if known and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    name = architectures[0] if isinstance(architectures, list) and architectures else "its class"
+    return (
+        f"model_type {model_type!r} is not registered with AutoModelForCausalLM, so from_pretrained cannot "
+        f"know that {name} opens it; call AutoConfig.register and AutoModelForCausalLM.register first, or "
+        f"use from_pretrained of {name} itself"
+    )
 
 
 def _rows_of(layout: Layout) -> dict[str, set[int]]:
@@ -165,6 +191,8 @@ def _listed(numbers: list[int]) -> str:
 
 def _vllm(model: PreTrainedModel, plain: Answer) -> Answer:
     kind = (twin_config(model.config) or model.config).model_type
+    if (unknown := _unknown_to_auto(model)) is not None:
+        return Answer("vLLM", "no", unknown)
     if not plain.opens:
         why = "it reads config.json as plain transformers does, with one width for all layers"
         return Answer("vLLM", "no", why)

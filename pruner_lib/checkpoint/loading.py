@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pruner_lib.checkpoint.compatibility import auto_problem
 from pruner_lib.checkpoint.errors import CheckpointError
 from pruner_lib.checkpoint.record import PROVENANCE_FILE, check_record
 from pruner_lib.checkpoint.saving import CONFIG_FILE, recover_interrupted
@@ -17,6 +20,7 @@ from pruner_lib.pruning.layer_config import enable_per_layer_config
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _WEIGHTS = "model.safetensors"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -29,15 +33,19 @@ def load_pruned(directory: str | os.PathLike[str], *, verify: bool = True) -> Pr
             sizes alone. The model card may be edited, and files may be added.
 
     Returns:
-        The model in evaluation mode, in the dtype in which it was saved, on the CPU.
+        The model in evaluation mode, every parameter in the dtype in which it was saved, on the CPU.
 
     Raises:
         CheckpointError: the folder or a file in it is missing, truncated or altered, a weight has
-            a wrong shape or is missing, or the folder holds pickled weights (never opened).
+            a wrong shape or is missing, the folder holds pickled weights (never opened), or transformers
+            knows no such architecture.
     """
-    folder = Path(directory).absolute()
+    folder = Path(directory).resolve()
     recover_interrupted(folder)
     _check_folder(folder, verify)
+    config = _read_json(folder / CONFIG_FILE)
+    if (problem := auto_problem(config.get("model_type"), config.get("architectures"))) is not None:
+        raise CheckpointError(f"cannot open {folder}: {problem}")
     enable_per_layer_config()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -52,7 +60,24 @@ def load_pruned(directory: str | os.PathLike[str], *, verify: bool = True) -> Pr
         raise CheckpointError(f"cannot open {folder}: {type(error).__name__}: {error}") from error
     model, report = opened
     _check_report(folder, report)
+    _give_own_dtypes(model, folder)
     return model.eval()
+
+
+def _give_own_dtypes(model: PreTrainedModel, folder: Path) -> None:
+    """transformers reads everything in one dtype; what was saved in another is read again as it is."""
+    places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    places |= dict(model.named_buffers(remove_duplicate=False))
+    for name in _weight_files(folder):
+        with safe_open(folder / name, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  (it is no mapping)
+                place = places.get(key)
+                saved = _DTYPES.get(weights.get_slice(key).get_dtype())
+                if place is None or saved in (None, place.dtype):
+                    continue
+                tensor = weights.get_tensor(key)
+                if tensor.shape == place.shape:
+                    place.data = tensor
 
 
 def _check_folder(folder: Path, verify: bool) -> None:
@@ -65,12 +90,15 @@ def _check_folder(folder: Path, verify: bool) -> None:
             "they are never read. Remove them, or convert the model to safetensors"
         )
     _read_json(folder / CONFIG_FILE)
-    names = [_WEIGHTS]
-    if (folder / _INDEX).is_file():
-        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
-    for name in names:
+    for name in _weight_files(folder):
         _check_weights(folder, name)
     check_record(folder, _read_json(folder / PROVENANCE_FILE), contents=verify)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if not (folder / _INDEX).is_file():
+        return [_WEIGHTS]
+    return sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import platform
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -47,6 +49,8 @@ def save_pruned(
     A model with one width in all layers opens with plain ``AutoModelForCausalLM.from_pretrained``; where
     LlamaConfig refuses the head count, it is saved as the mistral model that computes the same.
     One whose layers differ opens the same way once ``pruner_lib`` is imported, and raises without it.
+    Every parameter is saved in the dtype it has; where these are several, :func:`load_pruned` gives each its
+    own back, while plain ``from_pretrained`` makes them one, of which a warning tells.
     The folder is written beside its final place and takes its name in one step: whenever the program
     is killed, ``directory`` holds the old checkpoint or the new one, whole. (Where the system cannot
     exchange two folders, the old one waits under ``.<directory>.old`` between two renames; the next
@@ -59,7 +63,8 @@ def save_pruned(
 
     Args:
         model: what ``prune`` or ``recover`` returned.
-        directory: a new folder, an empty one, or an earlier checkpoint, which is replaced.
+        directory: a new folder, an empty one, or an earlier checkpoint, which is replaced. Where it is a
+            link, the folder that it leads to.
         tokenizer: saved beside the model if given.
         plan: saved as ``pruning_plan.json`` if given.
         scores: what the plan was made from; criterion, reduction, calibration and seed are recorded.
@@ -71,15 +76,17 @@ def save_pruned(
         The folder.
 
     Raises:
-        CheckpointError: the folder holds something else, the plan is another model's, the configuration
-            cannot describe the model, the weights are on the meta device, or the provenance is no JSON.
+        CheckpointError: the folder holds something else, is the current directory or holds it, the plan is
+            another model's, the configuration cannot describe the model, the weights are on the meta device,
+            or the provenance is no JSON.
         OSError: the disk is full or not writable; what was there is still whole.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()
     recover_interrupted(target)
     _check_target(target)
     check_saveable(model)
     _check_plan(model, plan)
+    _warn_of_dtypes(model)
     document = provenance_of(model, plan, scores, provenance)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_new_name(target)}{os.getpid()}-"))
@@ -147,11 +154,40 @@ def _check_target(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(f"cannot save into {target}: it is a file; give a folder")
+    here = Path.cwd().resolve()
+    if target in (here, *here.parents):
+        what = "is the current directory" if target == here else f"holds the current directory {here}"
+        raise CheckpointError(
+            f"cannot save into {target}: it {what}, and the folder is replaced as a whole, which would leave "
+            "this program in one that is gone; give a folder inside it, such as 'pruned'"
+        )
     if any(target.iterdir()) and not (target / PROVENANCE_FILE).is_file():
         found = ", ".join(sorted(path.name for path in target.iterdir())[:4])
         raise CheckpointError(
             f"cannot save into {target}: it holds files that are no checkpoint of this library ({found}); "
             "give a new or empty folder, or one that save_pruned wrote"
+        )
+
+
+def _warn_of_dtypes(model: PreTrainedModel) -> None:
+    """Plain from_pretrained gives all parameters one dtype, but those that the class keeps in float32."""
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if model.dtype == torch.float16:
+        kept |= {*(model._keep_in_fp32_modules or ())}
+    others = {
+        name: str(parameter.dtype).removeprefix("torch.")
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != model.dtype
+        if parameter.dtype != torch.float32 or not any(part in name for part in kept)
+    }
+    if others:
+        name, dtype = next(iter(others.items()))
+        common = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"the parameters are of several dtypes: {len(others)} are not {common} (the first is {name}, "
+            f"{dtype}). load_pruned gives each its own back; plain from_pretrained makes all of them "
+            f"{common}. To have the same from both, convert the model first: model.to(torch.{common})",
+            stacklevel=3,  # the caller of save_pruned
         )
 
 

@@ -26,6 +26,10 @@ def count_cost(model: nn.Module, *, batch_size: int = 1, seq_len: int = 64) -> C
     entry of the square, since the causal half is computed and masked; and the output head at
     every position. Element-wise work (norms, activations, softmax) and table look-ups are not counted.
 
+    ``kv_cache_bytes_per_token`` is what the cache holds after that pass / its tokens, an average. A layer
+    with a sliding window keeps no more than the window, so from there on the number falls as ``seq_len``
+    rises; below, it is what one more token takes.
+
     >>> count_cost(LlamaForCausalLM(config_of_7b)).macs  # on the meta device, in about a second
     423926693888
 

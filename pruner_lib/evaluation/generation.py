@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -215,8 +215,8 @@ def generate(
     """Let every model continue every prompt, under the same conditions.
 
     Greedy by default; with ``do_sample`` each continuation draws from the same seed, whatever came
-    before it. Prompts run one at a time, so nothing is padded. What the models' own generation settings
-    say about sampling is not used, their end tokens are. No global random state is changed.
+    before it. Prompts run one at a time, so nothing is padded. Of the models' own generation settings
+    the end tokens alone are used: no penalties, beams or filters. No global random state is changed.
 
     Args:
         models: by name; all must share the tokenizer.
@@ -291,7 +291,7 @@ def _continue(
     watch = _Watch(tokenizer, inputs.shape[1], tell) if tell is not None else None
     # Greedy needs no random numbers, and then a bench that writes in a thread leaves those of others alone.
     forked = torch.random.fork_rng(devices=devices) if config.do_sample else nullcontext()
-    with forked, evaluating(model):
+    with forked, evaluating(model), _without_own_settings(model):
         if config.do_sample:
             torch.manual_seed(seed)
         out = model.generate(
@@ -302,6 +302,22 @@ def _continue(
         )
     tokens: list[int] = out[0, inputs.shape[1] :].tolist()
     return tokens, watch is not None and watch.stopped
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Take the model's own generation settings away, with which transformers fills what is not given."""
+    from transformers import GenerationConfig
+
+    # An adapter's wrapper reads those of the model inside it.
+    before = {m: vars(m)["generation_config"] for m in model.modules() if "generation_config" in vars(m)}
+    try:
+        for module in before:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, own in before.items():
+            module.generation_config = own
 
 
 def _row(name: str, prompt: str, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:

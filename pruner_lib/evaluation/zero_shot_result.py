@@ -117,8 +117,13 @@ class ZeroShotResult:
         var(d) / n. The standard error is smaller than that of two independent runs.
 
         Raises:
-            EvaluationError: the two were not scored on the same items.
+            EvaluationError: the two were not scored on the same tasks and items.
         """
+        if set(self.tasks) != set(other.tasks):
+            raise EvaluationError(
+                f"the averages are over different tasks: {', '.join(self.tasks)} against "
+                f"{', '.join(other.tasks)}; score both models on the same tasks"
+            )
         total, variance = 0.0, 0.0
         for score in self.scores:
             theirs = other[score.task]

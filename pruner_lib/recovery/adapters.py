@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from pruner_lib.recovery.settings import RecoverySettings
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_ADAPTER = "default"  # PEFT's own name for a model's only adapter
+_PREFIX = "base_model.model."  # what PEFT puts before every name
 _BASE_FILE = "base_model.json"
 _SAMPLES = 4  # weights of each adapted layer that are noted, to know the base model again
 
@@ -93,15 +93,34 @@ def attach_lora(model: nn.Module, settings: RecoverySettings) -> PeftModel:
         settings: rank, alpha, dropout and target are read.
 
     Raises:
-        RecoveryError: no module matches the target.
+        RecoveryError: no module matches the target, or one that does is shared by several parents.
     """
     from peft import LoraConfig, get_peft_model
 
+    chosen = chosen_modules(model, settings.target)
+    _require_unshared(model, (model.get_submodule(name) for name in chosen))
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        target_modules=list(chosen_modules(model, settings.target)), task_type="CAUSAL_LM",
+        target_modules=list(chosen), task_type="CAUSAL_LM",
     )  # fmt: skip
     return get_peft_model(_sharing_copy(model), config)
+
+
+def _require_unshared(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Refuse layers whose weight acts at several places: PEFT adapts one of them, a merge changes all."""
+    places: dict[int, list[str]] = {}
+    for prefix, parent in model.named_modules():  # each parent once: what lies in it is adapted in place
+        for key, child in parent._modules.items():
+            if child is not None and (weight := child._parameters.get("weight")) is not None:
+                places.setdefault(id(weight), []).append(f"{prefix}.{key}".removeprefix(_PREFIX))
+    for layer in layers:
+        names = places.get(id(layer.weight), [])
+        if len(names) > 1:
+            raise RecoveryError(
+                f"{' and '.join(names)} share one weight, and an adapter would act at one of these places "
+                "but be merged into all; give each its own copy of the layer (copy.deepcopy), name others "
+                'as target, or train the weights themselves with method="full"'
+            )
 
 
 def _sharing_copy(model: nn.Module) -> Any:
@@ -144,7 +163,7 @@ def attach_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftMode
         PEFT's model over a copy; :func:`merge_adapter` makes an ordinary model of it.
 
     Raises:
-        RecoveryError: no adapter there, or one of another model.
+        RecoveryError: no adapter there, one of another model, or one on a layer that several parents share.
 
     Example:
         >>> merge_adapter(attach_adapter(load_pruned("pruned"), "run/adapter"))
@@ -164,25 +183,27 @@ def attach_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftMode
         adapted = PeftModel.from_pretrained(copied, folder)
     except (RuntimeError, ValueError, OSError) as error:
         raise RecoveryError(f"the adapter in {folder} does not fit this model: {error}") from error
+    _require_unshared(adapted, (layer.get_base_layer() for _, layer in _adapted_layers(adapted)))
     return adapted.eval()
 
 
 def merge_adapter(adapted: PeftModel) -> nn.Module:
     """W + (alpha / rank) B A in every adapted layer, as an ordinary model; merging again changes nothing.
 
-    The sum is taken in float32 or wider and rounded once. The weights that ``adapted`` was made over
-    are not written to; the result shares no memory with them.
-    """
-    from torch import no_grad
+    Of several adapters the active ones are merged, each with its own alpha and rank. The sum is taken in
+    float32 or wider and rounded once. The weights that ``adapted`` was made over are not written to; the
+    result shares no memory with them. Where PEFT's own ``merge_adapter()`` has already written into them,
+    they are taken as they are: that is what ``adapted`` computes with.
 
-    merged: dict[str, Tensor] = {}
-    with no_grad():
-        for name, layer in _adapted_layers(adapted):
-            if hasattr(layer, "get_delta_weight"):
-                merged[name] = _sum(layer.get_base_layer().weight, layer.get_delta_weight(_ADAPTER))
+    Raises:
+        RecoveryError: not PEFT's model, another kind of adapter than plain LoRA (DoRA, ``lora_bias``, trained
+            copies of modules), or a layer that several parents share.
+    """
+    layers = _plain_lora_layers(adapted)
+    with torch.no_grad():
+        merged = {name: _merged_weight(layer) for name, layer in layers}
     model: nn.Module = adapted.unload() if merged else adapted.get_base_model()
-    prefix = "base_model.model."
-    by_name = {name.removeprefix(prefix): weight for name, weight in merged.items()}
+    by_name = {name.removeprefix(_PREFIX): weight for name, weight in merged.items()}
     fresh: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
@@ -196,9 +217,67 @@ def merge_adapter(adapted: PeftModel) -> nn.Module:
     return model
 
 
-def _sum(weight: Tensor, update: Tensor) -> Tensor:
+def _plain_lora_layers(adapted: Any) -> list[tuple[str, Any]]:
+    """The adapted layers, all of which W + (alpha / rank) B A says whole."""
+    from peft import PeftModel
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not isinstance(adapted, PeftModel):
+        raise RecoveryError(
+            f"merge_adapter takes PEFT's model, what attach_adapter returns, not a {type(adapted).__name__}"
+        )
+    layers = _adapted_layers(adapted)
+    faults = {name: fault for name, layer in layers if (fault := _beyond_lora(layer)) is not None}
+    faults |= {
+        name: "a trained copy of a whole module or of some tokens"
+        for name, module in adapted.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise RecoveryError(
+            f"{name.removeprefix(_PREFIX)} has {fault}, and merge_adapter merges plain LoRA alone; "
+            "PEFT merges it itself: adapted.merge_and_unload()"
+        )
+    _require_unshared(adapted, (layer.get_base_layer() for _, layer in layers))
+    return layers
+
+
+def _beyond_lora(layer: Any) -> str | None:
+    """What a layer's active adapters do beside adding (alpha / rank) B A to a plain weight."""
+    from peft.tuners.lora import layer as lora
+
+    if not isinstance(layer, (lora.Linear, lora.Embedding, lora._ConvNd)):
+        return f"an adapter of the kind {type(layer).__module__}.{type(layer).__name__}"
+    for name in _acting(layer):
+        if layer.use_dora.get(name, False):
+            return "DoRA"
+        if (variant := layer.lora_variant.get(name)) is not None:
+            return f"the variant {getattr(variant, '__name__', type(variant).__name__)} of LoRA"
+        if layer.lora_bias.get(name, False):
+            return "lora_bias=True"
+    return None
+
+
+def _acting(layer: Any) -> list[str]:
+    """Adapters that the layer computes with."""
+    known = {*layer.lora_A, *layer.lora_embedding_A}
+    return [name for name in layer.active_adapters if name in known]
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.get_base_layer().weight
+    # A layer that PEFT merged in place computes with its weight alone, whatever is active.
+    updates = [] if layer.merged else [layer.get_delta_weight(name) for name in _acting(layer)]
+    return _sum(weight, *updates)
+
+
+def _sum(weight: Tensor, *updates: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + update.to(wide)).to(weight.dtype)
+    total = weight.detach().to(wide, copy=True)
+    for update in updates:
+        total += update.to(wide)
+    return total.to(weight.dtype)
 
 
 def finish(trained: nn.Module, original: nn.Module) -> nn.Module:
@@ -243,7 +322,7 @@ def save_adapter(adapted: PeftModel, folder: str | os.PathLike[str]) -> Path:
         part = scratch / "adapter"
         adapted.save_pretrained(str(part))
         layers = {
-            name.removeprefix("base_model.model."): layer.get_base_layer().weight
+            name.removeprefix(_PREFIX): layer.get_base_layer().weight
             for name, layer in _adapted_layers(adapted)
         }
         write_whole(part / _BASE_FILE, json.dumps({n: _describe(w) for n, w in layers.items()}, indent=1))

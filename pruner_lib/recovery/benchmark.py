@@ -110,7 +110,7 @@ def _bare(model: nn.Module, ids: Tensor, settings: RecoverySettings) -> tuple[fl
         parameters = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=True)
         steps = _steps(ids, settings)
-        scheduler = get_scheduler("linear", optimizer, settings.warmup_steps, len(steps))
+        scheduler = get_scheduler("linear", optimizer, settings.num_warmup_steps(len(steps)), len(steps))
         device, ends, losses = next(model.parameters()).device, [], []
         parts = settings.batch_size // settings.micro_batch
         for rows in steps:

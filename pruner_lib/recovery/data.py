@@ -53,7 +53,7 @@ def make_examples(
     ended by EOS. Token ids ``[N, L]`` are taken row by row as they are. Instructions in Alpaca's format
     (:func:`format_instruction`) and conversations ``{"messages": [{"role", "content"}, …]}``
     (:func:`format_chat`) become one example each; those whose response lies wholly behind the
-    cut-off are left out.
+    cut-off are left out. A ``text`` beside them (Alpaca's holds prompt and answer as one) is left alone.
 
     Args:
         tokenizer: the model's own; may be None for token ids.
@@ -79,7 +79,7 @@ def make_examples(
     if tokenizer is None:
         raise RecoveryError("instructions need the model's tokenizer; got None")
     items: list[Any] = list(data)
-    if all(isinstance(item.get("text"), str) for item in items):
+    if all(isinstance(item.get("text"), str) for item in items) and not any(map(_has_response, items)):
         return _windows(_joined_rows(tokenizer, items), seq_len)
     examples = [_format(tokenizer, item, template, seq_len=seq_len, number=i) for i, item in enumerate(items)]
     usable = [example for example in examples if example.num_predicted]
@@ -89,6 +89,12 @@ def make_examples(
             f"of {seq_len} tokens, so no response is left to learn from; raise seq_len"
         )
     return usable
+
+
+def _has_response(item: Mapping[str, Any]) -> bool:
+    """Whether a row says apart what is asked and what is answered; a column that is None says nothing."""
+    asked = item.get("instruction") is not None and item.get("output") is not None
+    return asked or item.get("messages") is not None
 
 
 def _format(

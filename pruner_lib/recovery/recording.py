@@ -151,7 +151,7 @@ class Recorder(TrainerCallback):
         stop = False
         if self._held_out is not None and (step % self._held_out.every == 0 or step >= state.max_steps):
             record["held_out_perplexity"] = self._look(args, step, kwargs["model"])
-            stop = self._is_out_of_patience()
+            stop = self.is_out_of_patience()
         self.history.append(record)
         if self._on_step is not None and state.is_world_process_zero:
             stop = bool(self._on_step(dict(record))) or stop
@@ -177,8 +177,10 @@ class Recorder(TrainerCallback):
             self.lowest = value
             self.best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
-    def _is_out_of_patience(self) -> bool:
-        assert self._held_out is not None
+    def is_out_of_patience(self) -> bool:
+        """Whether the held-out text has ended the run; also true of one that is resumed where it ended."""
+        if self._held_out is None or not self.held_out_history:
+            return False
         values = [value for _, value in self.held_out_history]
         since = len(values) - 1 - values.index(min(values))
         return 0 < self._held_out.patience <= since

@@ -79,7 +79,8 @@ def recover(
         output_dir: the adapter alone is kept in ``adapter`` below it, and checkpoints if
             ``settings.checkpoint_every`` asks for them; nothing is kept if None.
         resume: go on from the last checkpoint in ``output_dir``, where there is one. The result is bit
-            for bit that of a run without interruption.
+            for bit that of a run without interruption: one that ``settings.patience`` ended is not trained
+            further. One that ``on_step`` ended is, since that function is asked anew.
         on_step: called after each step with the record of ``RecoveryResult.history``; training ends
             early if it returns something true.
         progress: whether to show a bar on standard error.
@@ -213,6 +214,9 @@ def _train(
     from pruner_lib.recovery.engine import Engine
 
     settings = run.settings
+    if restored is not None and recorder.is_out_of_patience():
+        restored.load_weights(trained)  # the checkpoint was written at the step that ended the run
+        return None
     device = next(trained.parameters()).device
     bar = Progress(recorder)
     callbacks: list[Any] = [recorder]

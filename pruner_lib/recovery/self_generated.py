@@ -129,8 +129,10 @@ def generate_instructions(
     bar.close()
     path.parent.mkdir(parents=True, exist_ok=True)
     note = {**made, "dropped": dict(sieve.dropped)}
-    write_whole(_note(path), json.dumps(note, ensure_ascii=False, indent=1) + "\n")
+    # The note vouches for the rows beside it: an older one goes first, the new one comes last.
+    _note(path).unlink(missing_ok=True)
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(_note(path), json.dumps(note, ensure_ascii=False, indent=1) + "\n")
     _Part(path, made).remove()
     return rows
 
@@ -156,7 +158,8 @@ def _read_finished(path: Path, made: dict[str, Any]) -> list[dict[str, Any]] | N
     note = json.loads(_note(path).read_text(encoding="utf-8"))
     if any(note.get(key) != value for key, value in made.items()):
         return None
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 in an answer
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 class _Part:

@@ -80,7 +80,7 @@ class RecoverySettings:
     seq_len: int = 128  # window of packed text; longer instruction examples are cut here
     max_steps: int | None = 40  # optimizer steps; None where epochs says how long
     epochs: float | None = None  # passes over the data; the last step is filled up from the next pass
-    warmup_steps: int = 4  # steps over which the learning rate rises
+    warmup_steps: int = 4  # steps over which the learning rate rises from 0; fewer in a run that is no longer
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them
     seed: int = 0  # of A's values, the order of the data and dropout
     bf16: bool | None = None  # autocast products to bfloat16; None where the device has it in hardware
@@ -153,6 +153,17 @@ class RecoverySettings:
             return self.max_steps
         assert self.epochs is not None
         return max(1, math.ceil(self.epochs * num_examples / self.batch_size - 1e-9))
+
+    def num_warmup_steps(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps; at least the last step trains at the peak.
+
+        Step k of w trains at (k − 1) / w of the peak, so a run that ended before its warm-up would never
+        reach it, and a run of one step would train at rate 0.
+
+        >>> RecoverySettings(warmup_steps=4).num_warmup_steps(3)
+        2
+        """
+        return min(self.warmup_steps, steps - 1)
 
     @classmethod
     def paper(cls, **changes: Any) -> RecoverySettings:

@@ -83,7 +83,8 @@ def _from_file(path: Path) -> list[Any]:
 
 def _json_lines(path: Path, text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # JSON may hold U+2028 and its like as they are, at which splitlines would cut.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
