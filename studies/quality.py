@@ -51,6 +51,7 @@ class Case:
         seed: of its draws.
         steps: in how many it is cut; the model is compensated and scored again between them.
         windows: of text that the fit reads; 0 takes the study's.
+        costs: windows on which readers are fitted while costs are measured, on a sixteenth as many.
     """
 
     cut: str
@@ -62,6 +63,7 @@ class Case:
     seed: int = 0
     steps: int = 1
     windows: int = 0
+    costs: int = 128
 
     @property
     def name(self) -> str:
@@ -77,6 +79,7 @@ class Case:
         )
         more = [f"{self.steps} steps"] if self.steps > 1 else []
         more += [f"{self.windows} windows"] if self.windows else []
+        more += [f"costs on {self.costs}"] if self.costs != 128 else []
         return " · ".join((*parts, f"seed {self.seed}", *more))
 
     @property
@@ -107,6 +110,8 @@ def cases() -> list[Case]:
     found += [vary(BEST, cut=cut) for cut in ("10 %", "30 %", "50 %")]
     found += [vary(BEST, compensation=c) for c in (None, "bias")]
     found += [vary(BEST, seed=seed) for seed in (1, 2)]
+    found += [vary(BEST, seed=seed, windows=2048) for seed in (1, 2)]
+    found += [vary(BEST, seed=seed, costs=512) for seed in (0, 1)]
     found += [vary(BEST, scope="local", compensation=c) for c in both]
     found += [vary(BEST, calibration=text) for text in ("c4", "books")]
     found += [vary(nats, what=what, compensation=c) for what in ("blocks", "blocks, neurons") for c in both]
@@ -167,7 +172,7 @@ class Bench:
     def scores(self, case: Case) -> dict[str, torch.Tensor]:
         """Of the dense model; made once for all cases that differ in what is done with them."""
         scope = case.scope if "nats" in case.scope else ""
-        key = (case.criterion, scope, case.calibration, case.seed)
+        key = (case.criterion, scope, case.calibration, case.seed, case.costs)
         if key not in self._scores:
             self._scores[key] = self.score(*self._dense_and_map, case)
         scores = dict(self._scores[key].scores)
@@ -186,7 +191,8 @@ class Bench:
         if case.scope == "nats":
             found = pl.scale_to_loss(model, dependencies, found, self.batches(case, 16, shift=1))
         elif case.scope == "fitted nats":
-            measured, fitted = self.batches(case, 8, shift=1), self.batches(case, 128, shift=2)
+            measured = self.batches(case, case.costs // 16, shift=1)
+            fitted = self.batches(case, case.costs, shift=2)
             found = pl.scale_to_loss(model, dependencies, found, measured, compensate=fitted, **AFTER_A_FIT)
         return found
 
@@ -265,9 +271,13 @@ def _summary(done: Compensated) -> dict[str, Any]:
 
 
 def _ranking(record: Mapping[str, Any]) -> str:
-    """How groups are compared, in words."""
-    steps = record.get("steps", 1)
-    return record["scope"] + (f", {steps} steps" if steps > 1 else "")
+    """How groups are compared, in words; with steps and text for costs where these are not the usual."""
+    steps, costs = record.get("steps", 1), record.get("costs", 128)
+    return (
+        record["scope"]
+        + (f", {steps} steps" if steps > 1 else "")
+        + (f", costs on {costs}" if costs != 128 else "")
+    )
 
 
 def _fitted(record: Mapping[str, Any]) -> str:
