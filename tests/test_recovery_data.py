@@ -1,11 +1,14 @@
 """Training examples, token by token."""
 
+import json
+
 import pytest
 import torch
+from gguf_tokenizers import sentence_pieces
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pruner_lib.recovery import RecoveryError, format_instruction, instruction_prompt
+from pruner_lib.recovery import RecoveryError, format_chat, format_instruction, instruction_prompt
 from pruner_lib.recovery.data import collate, make_examples
 
 WORDS = ["<s>", "</s>", "<unk>", "###", "Instruction:", "Input:", "Response:", "Add", "them.", "2", "3", "5"]
@@ -129,3 +132,36 @@ def test_text_whose_other_columns_are_empty_is_text():
     assert [row.input_ids.tolist() for row in make_examples(word_tokenizer(), rows, seq_len=3)] == [
         [9, 10, 1]
     ] * 2
+
+
+def space_marking(scheme):
+    """SentencePiece's kind; "Prepend" as older conversions have it, else transformers' own Metaspace."""
+    pieces = sentence_pieces()
+    document = json.loads(pieces.backend_tokenizer.to_str())
+    if scheme != "Prepend":
+        document["normalizer"] = None
+        document["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False,
+        }  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(document)), unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}[{{ m.role }}]\n{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["Prepend", "first", "always"])
+def test_no_space_is_learnt_that_the_text_has_not(scheme):
+    """Tokenised by itself, an answer would begin with the space that these tokenizers put before a text."""
+    tokenizer = space_marking(scheme)
+    item = {"instruction": "the cat", "output": "sat there"}
+    example = format_instruction(tokenizer, item, seq_len=512)
+    whole = tokenizer(instruction_prompt(item) + item["output"], add_special_tokens=False)["input_ids"]
+    assert example.input_ids.tolist() == [*whole, tokenizer.eos_token_id]
+    assert tokenizer.decode(example.input_ids[example.labels != -100]) == "sat there</s>"
+    said = (("user", "the cat"), ("assistant", "sat"), ("user", "and"), ("assistant", " the other"))
+    turns = [{"role": role, "content": text} for role, text in said]
+    chat = format_chat(tokenizer, turns, seq_len=512)
+    whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)
+    assert chat.input_ids.tolist() == whole["input_ids"]

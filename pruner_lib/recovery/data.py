@@ -15,6 +15,8 @@ from pruner_lib.recovery.losses import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SPACE = "▁"  # how tokenizers that came from SentencePiece write a space
+
 TrainingData = str | Tensor | Sequence[Mapping[str, Any]]
 
 
@@ -147,7 +149,8 @@ def format_instruction(
     if tokenizer.eos_token_id is None:
         raise RecoveryError("the tokenizer has no EOS token, so a response could not be ended; set eos_token")
     prompt = [*_leading_tokens(tokenizer), *_encode(tokenizer, instruction_prompt(item))]
-    response = [*_encode(tokenizer, item["output"].strip()), tokenizer.eos_token_id]
+    said = _encode(tokenizer, item["output"].strip(), behind=instruction_prompt(item))
+    response = [*said, tokenizer.eos_token_id]
     ids = torch.tensor((prompt + response)[:seq_len], dtype=torch.long)
     labels = ids.clone()
     labels[: max(1, len(prompt))] = IGNORED
@@ -201,7 +204,7 @@ def format_chat(
                     f"the chat template rewrites earlier turns of example {number} when a later one follows, "
                     "so what the assistant said cannot be told apart; split the conversation"
                 )
-            piece = _encode(tokenizer, text[len(written) :])
+            piece = _encode(tokenizer, text[len(written) :], behind=written)
             ids += piece
             labels += piece if learnt else [IGNORED] * len(piece)
             written = text
@@ -309,8 +312,14 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, behind: str = "") -> list[int]:
+    """Tokens of a text; of one ``behind`` another without the space that some tokenizers begin texts with."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first: Any = tokenizer.convert_ids_to_tokens(ids[:1]) if behind else []
+    if first and str(first[0]).startswith(_SPACE):
+        before, whole = _encode(tokenizer, behind), _encode(tokenizer, behind + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
     return ids
 
 
