@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pruner_lib.assets import AssetError
+from pruner_lib.discovery import DiscoveryError
 from pruner_lib.pipeline import EXAMPLE, read_config, run_pipeline
 
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("a configuration file is needed; --example prints one")
     try:
         folder = run_pipeline(read_config(options.config, output=options.output), fresh=options.fresh)
-    except (AssetError, ValueError, FloatingPointError, MemoryError, OSError) as error:
+    except (AssetError, DiscoveryError, ValueError, FloatingPointError, MemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

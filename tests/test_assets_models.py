@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pruner_lib.assets import DEFAULT_MODEL, AssetError, DownloadError, UnknownAssetError, load_model, models
@@ -77,6 +78,24 @@ def test_unreachable_hub_id_says_what_a_hub_id_needs():
 def test_folder_without_weights_is_an_asset_error(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(AssetError, match="safetensors weights"):
+        load_model(folder)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_an_asset_error(folder):
+    """transformers would fill it with random numbers."""
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssetError, match=rf"lacks 1 weights of a LlamaForCausalLM, .*{name}"):
+        load_model(folder)
+
+
+def test_pickled_weights_are_not_read(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(AssetError, match="safetensors"):
         load_model(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -288,11 +289,84 @@ def test_what_does_not_stay_zero_is_blocked():
     assert "turns its zeros into something else" in blocked.blocked
 
 
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: torch.nn.functional.hardtanh(h, 0.5, 1.0).sum(-1, keepdim=True),
+        lambda h: torch.lerp(h.sigmoid(), h, h).sum(-1, keepdim=True),
+    ],
+    ids=["hardtanh", "lerp"],
+)
+def test_what_lifts_zeros_before_a_sum_blocks_the_neurons(mix):
+    class Mixed(Linearised):
+        def forward(self, input_ids):
+            hidden = torch.relu(self.v(self.embed(input_ids)))
+            return self.head(self.o(hidden * mix(hidden)))
+
+    found = discover(Mixed(None))
+    (neurons,) = [
+        f for f in found.families if any(s.parameter == "v.weight" and s.dim == 0 for s in f.slices)
+    ]
+    assert "turns its zeros into something else" in neurons.blocked
+
+
+@dataclasses.dataclass
+class Returned:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [Returned, lambda x: ((x,),), lambda x: {"other": [x]}])
+def test_what_is_returned_is_found_in_any_form(wrap):
+    """Else the vocabulary could be cut."""
+
+    class Wrapped(Scaled):
+        def forward(self, input_ids):
+            return wrap(super().forward(input_ids))
+
+    found = discover(Wrapped())
+    (rows,) = [
+        f for f in found.families if any(s.parameter == "head.weight" and s.dim == 0 for s in f.slices)
+    ]
+    assert "the model returns it" in rows.blocked
+
+
+def test_a_result_without_a_tensor_is_refused():
+    class Silent(Scaled):
+        def forward(self, input_ids):
+            super().forward(input_ids)
+
+    with pytest.raises(DiscoveryError, match="returns NoneType, in which no tensor was found"):
+        discover(Silent())
+
+
+@pytest.mark.parametrize("groups", [[-1], [99], [0.7], [True, False], 3])
+def test_only_groups_that_are_there_are_zeroed(groups):
+    model = tiny("llama")
+    found = discover(model)
+    with pytest.raises(ValueError, match=r"no group|whole numbers"):
+        found.zero(model, {"layers.0.mlp_neuron": groups})
+    with pytest.raises(ValueError, match=r"no group|whole numbers"):
+        PruningPlan.from_removal(found, {"layers.0.mlp_neuron": groups})
+
+
+def test_inside_inference_mode_and_with_flex_attention():
+    expected = discover(tiny("llama"))
+    with torch.inference_mode():
+        inside = discover(tiny("llama"))
+    flexible = tiny("llama")
+    flexible.config._attn_implementation = "flex_attention"
+    for found in (inside, discover(flexible)):
+        assert [(f.name, f.size, f.blocked) for f in found.families] == [
+            (f.name, f.size, f.blocked) for f in expected.families
+        ]
+
+
 class Scaled(nn.Module):
     """Scales by the number of channels it finds, so that no cut of them equals zeroing."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale=lambda scores, size: scores / size**0.5) -> None:
         super().__init__()
+        self.scale = scale
         self.embed = nn.Embedding(9, 8)
         self.q, self.k, self.v = (nn.Linear(8, width, bias=False) for width in (6, 6, 10))
         self.o, self.head = nn.Linear(10, 8, bias=False), nn.Linear(8, 9)
@@ -300,12 +374,22 @@ class Scaled(nn.Module):
     def forward(self, input_ids):
         x = self.embed(input_ids)
         query, key = self.q(x), self.k(x)
-        weights = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1)
+        weights = self.scale(query @ key.transpose(1, 2), query.shape[-1]).softmax(-1)
         return self.head(x + self.o(weights @ self.v(x)))
 
 
-def test_a_scale_that_follows_the_size_refuses_the_cut():
-    model = Scaled()
+SCALES = {
+    "division": lambda scores, size: scores / size**0.5,
+    "a tensor": lambda scores, size: scores / torch.tensor(float(size)).sqrt(),
+    "a filled tensor": lambda scores, size: scores / torch.full([], size**0.5),
+    "one like another": lambda scores, size: scores * torch.full_like(scores, size**-0.5),
+    "a weight of a sum": lambda scores, size: torch.add(scores, scores, alpha=size**-0.5),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_that_follows_the_size_refuses_the_cut(scale):
+    model = Scaled(SCALES[scale])
     found = discover(model)
     (channels,) = [
         f for f in found.select() if any(s.parameter == "q.weight" and s.dim == 0 for s in f.slices)

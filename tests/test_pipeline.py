@@ -146,12 +146,22 @@ def test_a_loss_that_turns_nan_leaves_a_model_and_a_message(place, capsys):
         ("weight = 0.5", "weight = 2.0", r"\[recover\] weight must be in"),
         ('layers = "0-1"', 'layers = "first"', '"first-last"'),
         ('teacher = "dense"', 'teacher = "other"', 'teacher must be "dense"'),
+        (":validation", "", None),
+        (":validation", ":train", "is the text that is learnt from; give another split of it"),
+        ('teacher = "dense"', 'teacher = "dense"\npaper = "false"', "paper must be true or false"),
+        ("bf16 = false", 'bf16 = "false"', "bf16 must be True, False or None"),
+        ("max_steps = 4", 'max_steps = 4\nlearning_rate = "1e-4"', r"\[recover\] "),
+        ("[recover.settings]", "[recover.self_generated]\n[recover.settings]", None),
+        ("weight = 0.5", 'weight = "0.5"', r"\[recover\] "),
         ("[plan]", "[plan", "cannot read"),
     ],
 )
 def test_a_wrong_configuration_is_refused_before_anything_runs(place, old, new, message):
     config = place / "run.toml"
     config.write_text(config.read_text().replace(old, new))
+    if message is None:  # valid: what is held out is not what is learnt from where no split is said
+        read_config(config)
+        return
     with pytest.raises(PipelineError, match=message):
         read_config(config)
     assert not (place / "out").exists()

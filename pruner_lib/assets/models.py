@@ -157,11 +157,24 @@ def _open(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
     """Open with transformers; folders quietly and without asking the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if isinstance(source, Path):
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True)
-            return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+            opened: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, **how)
+            return _whole(*opened), AutoTokenizer.from_pretrained(source, local_files_only=True)
+    opened = AutoModelForCausalLM.from_pretrained(source, **how)
+    return _whole(*opened), AutoTokenizer.from_pretrained(source)
+
+
+def _whole(model: PreTrainedModel, report: dict[str, Any]) -> PreTrainedModel:
+    """The model; transformers fills weights that a checkpoint lacks with random numbers, and reports it."""
+    missing = sorted(map(str, report.get("missing_keys", ())))
+    if missing:
+        raise OSError(
+            f"its checkpoint lacks {len(missing)} weights of a {type(model).__name__}, which would be random "
+            f"({', '.join(missing[:3])}{' …' if len(missing) > 3 else ''})."
+        )
+    return model
 
 
 @contextmanager

@@ -79,6 +79,10 @@ class DependencyMap:
         """A copy of ``model`` with those groups zeroed and nothing cut: the oracle for ``prune``.
 
         Where a norm averages over removed channels, the copy averages over what remains.
+
+        Raises:
+            UnknownFamilyError: a family that is not in the map.
+            ValueError: a group that its family has not.
         """
         return zero_groups(self, model, removal)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 KINDS = (
     "attention_head",
@@ -96,6 +98,38 @@ class GroupFamily:
 
 
 Removal = Mapping[str, Sequence[int]]
+
+
+def group_numbers(family: GroupFamily, groups: Iterable[int]) -> list[int]:
+    """Groups of a family, sorted and each once.
+
+    Raises:
+        ValueError: something that is no whole number, or a group that the family has not.
+    """
+    given = list(groups) if isinstance(groups, Iterable) else [None]
+    numbers = [number for group in given if (number := whole_number(group)) is not None]
+    if len(numbers) < len(given):
+        raise ValueError(f"{family.name}: groups must be whole numbers, not {groups!r}")
+    outside = [number for number in numbers if not 0 <= number < family.size]
+    if outside:
+        raise ValueError(
+            f"{family.name} has no group {outside[0]}: it has {family.size} groups, counted from 0 to "
+            f"{family.size - 1}"
+        )
+    return sorted(set(numbers))
+
+
+def whole_number(value: Any) -> int | None:
+    """An integer of Python, NumPy or torch; None for anything else.
+
+    True and False are no numbers here: a mask over the layers must not be read as layers 0 and 1.
+    """
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 class UnknownFamilyError(KeyError):

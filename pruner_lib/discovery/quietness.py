@@ -26,7 +26,7 @@ def _packets(names: str) -> frozenset[Any]:
 
 KEEPS_ZERO = _packets(
     """relu silu gelu tanh neg abs sqrt sin tan erf sign trunc round floor ceil leaky_relu elu selu celu
-    mish hardswish hardtanh relu6 square softshrink expm1 log1p nan_to_num native_dropout clone
+    mish hardswish relu6 square softshrink expm1 log1p nan_to_num native_dropout clone
     contiguous alias detach _to_copy to dropout tril triu type_as lift_fresh view _unsafe_view reshape
     _reshape_alias t transpose permute unsqueeze squeeze slice split split_with_sizes chunk select
     unbind sum mean roll flip native_layer_norm layer_norm
@@ -35,9 +35,10 @@ KEEPS_ZERO = _packets(
 )
 LOOKUPS = _packets("index index_select gather take_along_dim embedding")
 FACTORS = _packets("mul")
-TERMS = _packets("add sub rsub where minimum maximum lerp")
+TERMS = _packets("add sub rsub where minimum maximum")
+LERPS = _packets("lerp")
 COPIES = _packets("expand repeat")
-CLIPS = _packets("clamp")
+CLIPS = _packets("clamp hardtanh")
 PRODUCTS = _packets("mm bmm linear addmm baddbmm")
 
 
@@ -70,6 +71,8 @@ def result_is_quiet(packet: Any, args: Any, infos: Sequence[Info], dims: Sequenc
         return len(infos) > 1 and all(
             info.quiet and carries(info, a) for info in infos[-2:] for a in labelled
         )
+    if packet in LERPS:  # between the first two, whatever the weight
+        return all(info.quiet and carries(info, axis) for info in infos[:2] for axis in labelled)
     if packet in (aten.div, aten.div_):
         return infos[0].quiet and all(carries(infos[0], axis) for axis in labelled)
     if packet in (aten.pow, aten.pow_):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,7 @@ PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
 FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 NUMERIC = {getattr(aten, name + end) for name in ("add", "sub", "mul", "div", "pow") for end in ("", "_")}
 LOOKUPS = (aten.index, aten.index_select)
+FILLS = {aten.full: 1, aten.full_like: 1, aten.new_full: 2}  # and where the number stands
 SEQUENCE = 5  # tokens of the symbolic run; small, and rarely the size of anything else
 VIEWS = set(rules_shape.RULES) | {k for k, rule in rules_math.RULES.items() if rule is rules_math.rule_same}
 
@@ -81,6 +84,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         if getattr(config, "_experts_implementation_internal", None) is not None:
             # The one way through the experts that asks for no values.
             vars(config)["_experts_implementation_internal"] = "batched_mm"
+        if getattr(config, "_attn_implementation_internal", None) == "flex_attention":
+            vars(config)["_attn_implementation_internal"] = "sdpa"  # which needs no compiled mask
     return copied.eval()
 
 
@@ -118,7 +123,7 @@ class LabelMode(TorchDispatchMode):
         for info in infos:
             if info.source is not None:
                 trace.used.setdefault(info.source, len(trace.used))
-        _note_factors(trace, packet, args, infos)
+        _note_factors(trace, packet, args, kwargs, infos)
         written = outs[0] if args and outs[0] is args[0] else None
         for tensor, labels in zip(outs, dims, strict=False):
             if isinstance(tensor, torch.Tensor):
@@ -161,12 +166,20 @@ def _chosen_from(trace: Trace, args: Any, kwargs: Any) -> Dim:
     return trace.dims(args[0])[args[2] if len(args) > 2 else kwargs.get("dim", -1)]
 
 
-def _note_factors(trace: Trace, packet: Any, args: Any, infos: list[Info]) -> None:
-    """Numbers that the code multiplies or adds to something learned; a cut must not change them."""
-    if packet in NUMERIC and any(info.learned for info in infos):
-        for value in args[1:]:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                trace.factors.append((trace.module, trace.operator, float(value)))
+def _note_factors(trace: Trace, packet: Any, args: Any, kwargs: Any, infos: list[Info]) -> None:
+    """Numbers that the code multiplies or adds to something learned; a cut must not change them.
+
+    One that fills a tensor counts, whatever the tensor is for, and so do the weights of a sum (``alpha``).
+    """
+    found: list[Any] = []
+    if packet in FILLS:
+        found += [args[FILLS[packet]] if len(args) > FILLS[packet] else kwargs.get("fill_value")]
+    elif any(info.learned for info in infos):
+        found += [kwargs[name] for name in ("alpha", "beta") if name in kwargs]
+        found += args[1:] if packet in NUMERIC else ()
+    for value in found:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            trace.factors.append((trace.module, trace.operator, float(value)))
 
 
 def _write_through(trace: Trace, view: torch.Tensor) -> None:
@@ -224,6 +237,8 @@ class Spelling(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
             return func(args[0], tuple(map(_as_slice, args[1])) if _is_lone(args[1]) else args[1])
+        if func is torch.tensor and args and isinstance(args[0], float):
+            self.trace.factors.append((self.trace.module, "tensor", args[0]))
         if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
             query = args[0] if args else kwargs["query"]
             reason = "the softmax scale is computed from their number (scaled_dot_product_attention)"
@@ -342,6 +357,7 @@ def run(
                 trace.set(value, Info([None] * value.dim(), from_tokens=tokens))
         try:
             with (
+                torch.inference_mode(False),  # inside, operators reach this mode in other pieces
                 torch.no_grad(),
                 torch.device("meta"),
                 module_paths(trace, model),
@@ -353,7 +369,14 @@ def run(
             failures.append(f"with {', '.join(way)}: {type(error).__name__}: {error}")
             continue
         trace.operator = "the model's output"
-        for tensor in _outputs(out):
+        returned = _outputs(out)
+        if not returned:
+            raise DiscoveryError(
+                f"{type(model).__name__} returns {type(out).__name__}, in which no tensor was found, so the "
+                "sizes that its caller counts on are unknown; return the logits, or an object that holds "
+                "them as .logits"
+            )
+        for tensor in returned:
             for dim in trace.dims(tensor):
                 if isinstance(dim, np.ndarray):
                     trace.block(dim, "the model returns it: its indices are what the caller reads")
@@ -370,9 +393,9 @@ def run(
 def _outputs(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
         return [out]
+    if dataclasses.is_dataclass(out) and not isinstance(out, Mapping):
+        out = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
     if isinstance(out, Mapping):
         first = out.get("logits", out.get("last_hidden_state"))
-        return [first] if first is not None else [t for t in out.values() if isinstance(t, torch.Tensor)]
-    if isinstance(out, (list, tuple)):
-        return [t for t in out if isinstance(t, torch.Tensor)]
-    return []
+        out = [first] if first is not None else list(out.values())
+    return [tensor for part in out for tensor in _outputs(part)] if isinstance(out, (list, tuple)) else []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
+from .families import whole_number
 from .grouping import layer_list
 
 if TYPE_CHECKING:
@@ -47,19 +45,6 @@ def depth_units(dependencies: DependencyMap) -> dict[str, str]:
         if len(found) == 1 and not found & other:
             units[f"layers.{layer}.{unit}"] = f"{path}.{layer}.{next(iter(found))}"
     return units
-
-
-def whole_number(value: Any) -> int | None:
-    """An integer of Python, NumPy or torch; None for anything else.
-
-    True and False are no numbers here: a mask over the layers must not be read as layers 0 and 1.
-    """
-    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def layer_numbers(layers: int | Iterable[int]) -> list[int]:

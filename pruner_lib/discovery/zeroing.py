@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .families import CoupledSlice, Removal
+from .families import CoupledSlice, Removal, group_numbers
 from .grouping import Grouping, pair_keys, siblings
 from .state import Event, Trace
 
@@ -180,7 +180,8 @@ def zero_groups(dependencies: DependencyMap, model: nn.Module, removal: Removal)
     with torch.no_grad():
         for name, groups in removal.items():
             family = dependencies.family(name)
-            if not len(groups):
+            groups = group_numbers(family, groups)
+            if not groups:
                 continue
             for piece in family.slices:
                 if piece.parameter in tensors:

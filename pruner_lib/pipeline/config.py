@@ -231,9 +231,27 @@ def _check_order(config: PipelineConfig) -> None:
         raise PipelineError(
             '[recover] needs data: "self-generated", "alpaca", a .jsonl file, or a text such as "c4"'
         )
+    recover = config.table("recover")
+    for name in ("data", "held_out"):
+        if not isinstance(recover.get(name, ""), str):
+            raise PipelineError(f"[recover] {name} must name a text or a file, not {recover[name]!r}")
+    if "held_out" in recover and _with_split(recover["held_out"], "validation") == _with_split(
+        recover["data"], "train"
+    ):
+        raise PipelineError(
+            f"[recover] held_out {recover['held_out']!r} is the text that is learnt from; give another split "
+            f"of it, {recover['data'].partition(':')[0]}:validation, or another text"
+        )
+    if not isinstance(recover.get("paper", False), bool):
+        raise PipelineError(f"[recover] paper must be true or false, not {recover['paper']!r}")
     teacher = config.table("recover").get("teacher", "dense")
     if teacher != "dense":
         raise PipelineError(f'[recover] teacher must be "dense" or left out, got {teacher!r}')
+
+
+def _with_split(source: str, usual: str) -> tuple[str, str]:
+    name, _, split = source.partition(":")
+    return name, split or usual
 
 
 def _count(given: Any, where: str) -> None:
@@ -279,10 +297,13 @@ def _check_values(config: PipelineConfig) -> None:
         ("settings", RecoverySettings), ("distillation", Distillation), ("self_generated", SelfGeneration),
     ):  # fmt: skip
         names = {field.name for field in fields(kind)} - {"distillation"}
-        _known(recover.get(name, {}), names, f"[recover.{name}]", "key")
+        table = recover.get(name, {})
+        if not isinstance(table, dict):
+            raise PipelineError(f"[recover] {name} must be a table, [recover.{name}], not {table!r}")
+        _known(table, names, f"[recover.{name}]", "key")
     try:
         config.recovery_settings()
         config.self_generation()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise PipelineError(f"[recover] {error}") from error
     config.plan_arguments()

@@ -222,6 +222,7 @@ class _Run:
         settings = self._config.recovery_settings()
         # A folder of its own for each configuration: another one's checkpoints stay whole beside it.
         folder = self._folder / "recovery" / self._fingerprint("recover")[:8]
+        held_out = given.get("held_out")
         try:
             result: RecoveryResult = recover(
                 self._model("pruned"),
@@ -229,7 +230,7 @@ class _Run:
                 self._data(given["data"]),
                 settings=settings,
                 teacher=self._loaded if given.get("teacher") else None,
-                held_out=None if given.get("held_out") is None else self._text(given["held_out"]),
+                held_out=None if held_out is None else self._text(held_out, "validation"),
                 output_dir=folder,
                 resume=bool(settings.checkpoint_every) and not self._fresh,
             )
@@ -253,19 +254,19 @@ class _Run:
             return self_generated_data(self._config.model_name, settings, device=device)
         name = source.partition(":")[0]
         if name in TEXT_SOURCES or source.endswith(".txt"):
-            return self._text(source)
+            return self._text(source, "train")
         return load_instructions(source)
 
-    def _text(self, source: str) -> str:
-        """``name`` or ``name:split``; a text that is held out or tested is not asked for by default split."""
+    def _text(self, source: str, usual: str) -> str:
+        """``name`` or ``name:split``, with the split that it is usually for where none is said."""
         name, _, split = source.partition(":")
-        return load_text(name, split or "train")
+        return load_text(name, split or usual)
 
     def evaluate(self) -> str:
         given = self._config.table("evaluate")
         zero_shot = given.pop("zero_shot", None)
         sources = given.pop("text", [])
-        texts = {s: self._text(s) for s in ([sources] if isinstance(sources, str) else sources)}
+        texts = {s: self._text(s, "test") for s in ([sources] if isinstance(sources, str) else sources)}
         names = ["dense", *(["pruned"] if self._config.has("plan") else [])]
         names += ["recovered"] if self._config.has("recover") else []
         models = {name: self._model(name) for name in names}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pruner_lib.discovery.families import GroupFamily, Removal, UnknownFamilyError
+from pruner_lib.discovery.families import GroupFamily, Removal, UnknownFamilyError, group_numbers
 
 if TYPE_CHECKING:
     from pruner_lib.discovery import DependencyMap
@@ -43,20 +42,11 @@ def _unknown_family(name: str, families: Mapping[str, GroupFamily]) -> str:
 
 
 def _checked_groups(family: GroupFamily, groups: Iterable[int]) -> tuple[int, ...]:
-    try:
-        indices = sorted({operator.index(group) for group in groups})
-    except TypeError as error:
-        raise ValueError(f"{family.name}: groups must be whole numbers, not {groups!r}") from error
+    indices = group_numbers(family, groups)
     if not indices:
         return ()
     if family.blocked is not None:
         raise ValueError(f"{family.name} cannot be cut: {family.blocked}. Leave it out of the plan")
-    outside = [index for index in indices if not 0 <= index < family.size]
-    if outside:
-        raise ValueError(
-            f"{family.name} has no group {outside[0]}: it has {family.size} groups, counted from 0 to "
-            f"{family.size - 1}"
-        )
     if family.size - len(indices) < family.at_least > 1:
         raise ValueError(
             f"{family.name}: {family.size - len(indices)} of {family.size} groups would stay, but the router "

@@ -107,6 +107,9 @@ class RecoverySettings:
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         for name in ("alpha", "learning_rate"):
             _require(self, name, _is_positive(getattr(self, name)), "a finite number above 0")
+        for name in ("packing", "gradient_checkpointing"):
+            _require(self, name, isinstance(getattr(self, name), bool), "True or False")
+        _require(self, "bf16", self.bf16 is None or isinstance(self.bf16, bool), "True, False or None")
         for name in ("max_grad_norm", "weight_decay"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         for name, valid in (("method", METHODS), ("schedule", SCHEDULES), ("template", TEMPLATES)):
