@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,7 +316,10 @@ class Returned:
     logits: torch.Tensor
 
 
-@pytest.mark.parametrize("wrap", [Returned, lambda x: ((x,),), lambda x: {"other": [x]}])
+@pytest.mark.parametrize(
+    "wrap",
+    [Returned, lambda x: SimpleNamespace(logits=x, more=3), lambda x: ((x,),), lambda x: {"other": [x]}],
+)
 def test_what_is_returned_is_found_in_any_form(wrap):
     """Else the vocabulary could be cut."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -393,8 +392,8 @@ def run(
 def _outputs(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
         return [out]
-    if dataclasses.is_dataclass(out) and not isinstance(out, Mapping):
-        out = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    if not isinstance(out, (Mapping, list, tuple)):  # an object of the model's own
+        out = getattr(out, "__dict__", {})
     if isinstance(out, Mapping):
         first = out.get("logits", out.get("last_hidden_state"))
         out = [first] if first is not None else list(out.values())
