@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from importance_oracle import tiny_gpt2, tokens_of
+from importance_oracle import tiny_gpt2, tiny_llama, tokens_of
 
 from pruner_lib.discovery import discover
 from pruner_lib.importance import ImportanceScores, estimate_importance
@@ -23,9 +23,19 @@ CASES = {
     "wanda": {"criterion": "wanda", "micro_batch_size": 1},
     "fluctuation": {"criterion": "fluctuation"},
     "activation": {"criterion": "activation"},
+    # Query, key and value apart, which read one input: GPT-2's are fused.
+    "wanda, llama": {"criterion": "wanda"},
+    "fluctuation, llama": {"criterion": "fluctuation"},
+    "activation, llama": {"criterion": "activation"},
     "l1": {"criterion": "l1"},
     "random": {"criterion": "random", "seed": 3},
 }
+
+
+def model_of(case):
+    return tiny_llama() if case.endswith("llama") else tiny_gpt2()
+
+
 WORKER = """
 import json, os, sys
 import torch
@@ -33,14 +43,16 @@ from torch import distributed
 from importance_oracle import tiny_gpt2, tokens_of
 from pruner_lib.discovery import discover
 from pruner_lib.importance import estimate_importance
-from test_importance_parallel import CASES
+from test_importance_parallel import CASES, model_of
 
 distributed.init_process_group("gloo")
 rank, out = distributed.get_rank(), sys.argv[1]
 model = tiny_gpt2()
 dependencies = discover(model)
 for name, options in CASES.items():  # five sequences: three for one process, two for the other
-    estimate_importance(model, dependencies, tokens_of(5, 7), **options).save(f"{out}/{name}.{rank}.json")
+    chosen = model_of(name)
+    scores = estimate_importance(chosen, discover(chosen), tokens_of(5, 7), **options)
+    scores.save(f"{out}/{name}.{rank}.json")
 try:
     estimate_importance(model, dependencies, tokens_of(1, 7))
 except ValueError as error:
@@ -81,7 +93,7 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_holds_the_scores_of_one_process(results, case):
-    model = tiny_gpt2()
+    model = model_of(case)
     alone = estimate_importance(model, discover(model), tokens_of(5, 7), **CASES[case])
     for rank in range(2):
         shared = ImportanceScores.load(results / f"{case}.{rank}.json")
