@@ -97,7 +97,7 @@ def test_eight_bits_cost_little(default_model: Any) -> None:
 
 
 def test_greedy_tokens_of_eight_bits_agree_or_are_nearly_tied(default_model: Any, tmp_path: Path) -> None:
-    """Rounding may decide between two tokens; measured over 16 tokens: at most 0.20 nats apart."""
+    """Rounding may decide between two tokens of nearly one probability, and between no others."""
     model, tokenizer = default_model
     path = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="q8_0")
     behind = {}
