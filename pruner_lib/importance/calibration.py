@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from pruner_lib.discovery.units import whole_number
+from pruner_lib.discovery.families import whole_number
 from pruner_lib.importance.parallel import Share
 
 _TOKENS_AT_ONCE = 2048

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap, discover
-from pruner_lib.discovery.units import whole_number
+from pruner_lib.discovery.families import whole_number
 from pruner_lib.importance.calibration import (
     check_batches,
     default_size,

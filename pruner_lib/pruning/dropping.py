@@ -16,7 +16,7 @@ from pruner_lib.importance.skipping import skipped
 from pruner_lib.pruning.configuration import build_empty, saved_and_read
 from pruner_lib.pruning.errors import PruningError
 from pruner_lib.pruning.layer_config import unmark_config
-from pruner_lib.pruning.sublayer_config import same_modules, say_sublayers
+from pruner_lib.pruning.sublayer_config import runs_without_weights, same_modules, say_sublayers
 from pruner_lib.pruning.sublayers import (
     NoSublayer,
     cache_slots,
@@ -122,7 +122,7 @@ def _replace(model: nn.Module, path: str, sublayers: Mapping[str, str]) -> None:
 
 def _returned_values(model: nn.Module, paths: Sequence[str]) -> dict[str, int | None]:
     """How many values each module returns, seen in a run without weights."""
-    from pruner_lib.discovery.tracing import default_inputs, meta_copy
+    from pruner_lib.discovery.tracing import meta_copy
 
     skeleton, found = meta_copy(model), {}
 
@@ -134,12 +134,7 @@ def _returned_values(model: nn.Module, paths: Sequence[str]) -> dict[str, int | 
 
     for path in paths:
         skeleton.get_submodule(path).register_forward_hook(watch(path))
-    for inputs in default_inputs(skeleton):
-        try:
-            with torch.no_grad(), torch.device("meta"):
-                skeleton(**inputs)
-        except Exception:  # the model's own code fails in its own way; the next call may do
-            continue
+    for _ in runs_without_weights(skeleton):
         if len(found) == len(paths):
             return found
     raise PruningError(

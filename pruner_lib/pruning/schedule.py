@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from pruner_lib.discovery import DependencyMap, GroupFamily, discover
-from pruner_lib.discovery.units import UNITS, whole_number
+from pruner_lib.discovery.families import whole_number
+from pruner_lib.discovery.units import UNITS
 from pruner_lib.pruning.budgets import Budget, Search
 from pruner_lib.pruning.compensation import Compensation
 from pruner_lib.pruning.compensation.compensate import as_settings

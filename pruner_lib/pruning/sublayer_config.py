@@ -53,7 +53,8 @@ def say_sublayers(model: nn.Module, path: str) -> bool:
         built = build_empty(type(model), _like(config, model.config))
         if built is None or not same_modules(built, model) or _opens_plainly(model, config):
             continue
-        if _runs(built):
+        # A value of one layer may be asked of the whole model, which then cannot run.
+        if next(runs_without_weights(built), False):
             _adopt(model, built)
             return True
     return False
@@ -116,18 +117,17 @@ def _opens_plainly(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     return read is not None and build_empty(type(model), read) is not None
 
 
-def _runs(built: nn.Module) -> bool:
-    """True when a model without weights can be run: a value of one layer may be asked of the whole model."""
+def runs_without_weights(empty: nn.Module) -> Iterator[bool]:
+    """Run a meta model in each way that a decoder is called; true after each that goes through."""
     from pruner_lib.discovery.tracing import default_inputs
 
-    for inputs in default_inputs(built):
+    for inputs in default_inputs(empty):
         try:
             with torch.no_grad(), torch.device("meta"):
-                built(**inputs)
+                empty(**inputs)
         except Exception:  # the model's own code fails in its own way; the next call may do
             continue
-        return True
-    return False
+        yield True
 
 
 def same_modules(built: nn.Module, model: nn.Module) -> bool:
