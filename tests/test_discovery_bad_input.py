@@ -385,6 +385,7 @@ class Scaled(nn.Module):
 SCALES = {
     "division": lambda scores, size: scores / size**0.5,
     "a tensor": lambda scores, size: scores / torch.tensor(float(size)).sqrt(),
+    "a tensor of the size": lambda scores, size: scores / torch.tensor(size).sqrt(),
     "a filled tensor": lambda scores, size: scores / torch.full([], size**0.5),
     "one like another": lambda scores, size: scores * torch.full_like(scores, size**-0.5),
     "a weight of a sum": lambda scores, size: torch.add(scores, scores, alpha=size**-0.5),

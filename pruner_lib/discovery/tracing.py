@@ -236,8 +236,8 @@ class Spelling(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
             return func(args[0], tuple(map(_as_slice, args[1])) if _is_lone(args[1]) else args[1])
-        if func is torch.tensor and args and isinstance(args[0], float):
-            self.trace.factors.append((self.trace.module, "tensor", args[0]))
+        if func is torch.tensor and args and type(args[0]) in (int, float):
+            self.trace.factors.append((self.trace.module, "tensor", float(args[0])))
         if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
             query = args[0] if args else kwargs["query"]
             reason = "the softmax scale is computed from their number (scaled_dot_product_attention)"
